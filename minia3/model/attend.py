@@ -9,12 +9,25 @@ Shapes: B batch, L query length, M memory length, H query heads, G key/value hea
 per key/value head (H / G), Q queries of N heads (N * L), K head width.
 """
 
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from minia3.model.single_row import TORCH
 
 LEAST_ROWS = 16  # with this many rows or more, plain products are faster in float32
 
 ALIGNMENT = 8  # a GPU reads this many entries of a bias at once
+
+# From torch 2.9 on, PyTorch prefers cuDNN's attention on an H100, H200 or B200.
+PREFERS_CUDNN = TORCH >= (2, 9)
+OTHER_KERNELS = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 def attend(q_BHLK, k_BGMK, v_BGMK, context, *, dropout=0.0, scale=1.0):
@@ -40,16 +53,50 @@ def fused(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, is_causal, dropout, scale):
         has_groups = True
     if has_groups and needs_equal_heads(q_BHLK, bias_BHLM):
         return ungrouped(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, is_causal, dropout, scale)
-    return F.scaled_dot_product_attention(
-        q_BHLK,
-        k_BGMK,
-        v_BGMK,
-        attn_mask=bias_BHLM,
-        is_causal=is_causal,
-        dropout_p=dropout,
-        scale=scale,
-        enable_gqa=has_groups,
-    )
+    options = {
+        "attn_mask": bias_BHLM,
+        "is_causal": is_causal,
+        "dropout_p": dropout,
+        "scale": scale,
+        "enable_gqa": has_groups,
+    }
+    if prefers_cudnn(q_BHLK.device):
+        with without_cudnn():
+            return F.scaled_dot_product_attention(q_BHLK, k_BGMK, v_BGMK, **options)
+    return F.scaled_dot_product_attention(q_BHLK, k_BGMK, v_BGMK, **options)
+
+
+def prefers_cudnn(device):
+    """Return whether PyTorch may choose cuDNN's attention before its own."""
+    return PREFERS_CUDNN and device.type == "cuda"
+
+
+def without_cudnn():
+    """Return a context in which PyTorch does not choose cuDNN's attention.
+
+    cuDNN prepares itself anew for each shape, half a second forward and half a second backward, and
+    the shapes of our batches differ, as does that of each token that is decoded. And its gradients
+    under a bias may be NaN if all scores of a query are below -88 (pytorch/pytorch#196678, and
+    NVIDIA/cudnn-frontend#1072 after that was mended).
+    """
+    if torch.compiler.is_compiling():
+        return sdpa_kernel(OTHER_KERNELS)  # which torch.compile understands, unlike the switch
+    return cudnn_switched_off()
+
+
+@contextmanager
+def cudnn_switched_off():
+    """Do what `sdpa_kernel` does for a single kernel, in a sixteenth of its time.
+
+    The others stay as the user has chosen them. The switch is for the whole process. If two threads
+    meet here, one of them may still get cuDNN's attention.
+    """
+    was_on = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was_on)
 
 
 def needs_equal_heads(q_BHLK, bias_BHLM):

@@ -24,7 +24,6 @@ KERNELS = {
     "math": SDPBackend.MATH,
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

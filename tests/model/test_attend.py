@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from batches import batch_of, gradients, same
+from torch_version import TORCH
 
 from minia3.inference.scoring import choice_logprobs
 from minia3.model import attend as attend_module
@@ -257,6 +258,65 @@ def test_on_a_gpu_every_call_in_decoding_is_fused(name, dtype, loaded, fused_or_
             state = StaticState.make(state, 3)
             model.step(state.start, state)
     assert set(fused_or_not) == {True}
+
+
+@pytest.fixture
+def meta_is_cuda(monkeypatch):
+    monkeypatch.setattr(attend_module, "prefers_cudnn", lambda device: device.type == "meta")
+
+
+@pytest.mark.parametrize("was_on", [True, False])
+@pytest.mark.parametrize("name", ["t5-v1.0", "llama-gqa"])
+def test_on_a_gpu_no_call_may_be_left_to_cudnn(name, was_on, loaded, monkeypatch, meta_is_cuda):
+    is_on = torch.backends.cuda.cudnn_sdp_enabled
+    original = F.scaled_dot_product_attention
+    found = []
+
+    def spy(*qkv, **options):
+        found.append((is_on(), torch.backends.cuda.flash_sdp_enabled()))
+        return original(*qkv, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    model = loaded(name).to("meta").train()
+    before = is_on()
+    torch.backends.cuda.enable_cudnn_sdp(was_on)
+    try:
+        for n_choices in (1, 2):
+            choice_logprobs(model, batch_of((9, 5, 1), n_choices)).sum().backward()
+        assert is_on() == was_on
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+    assert set(found) == {(False, True)}
+
+
+@pytest.mark.slow  # importing the compiler takes seconds
+@pytest.mark.skipif(TORCH < (2, 9), reason="older releases do not prefer cuDNN")
+def test_compiled_attention_is_not_left_to_cudnn_either(monkeypatch):
+    """Without a break, because a graph that is broken is no CUDA graph."""
+    is_on = torch.backends.cuda.cudnn_sdp_enabled
+    found = []
+
+    class Spy(torch.fx.Interpreter):
+        def call_function(self, target, args, kwargs):
+            if target is F.scaled_dot_product_attention:
+                found.append(is_on())
+            return super().call_function(target, args, kwargs)
+
+    def backend(graph, _):
+        return Spy(graph).run
+
+    monkeypatch.setattr(attend_module, "prefers_cudnn", lambda device: True)
+    compiled = torch.compile(attend_module.fused, backend=backend, fullgraph=True)
+    q_BHLK = torch.randn(2, 6, 5, 8)
+    given = (q_BHLK, q_BHLK, q_BHLK, None, True, 0.0, 1.0)
+    torch.testing.assert_close(compiled(*given), attend_module.fused(*given))
+    assert (found, is_on()) == ([False], True)
+    torch.compiler.reset()
+
+
+def test_only_newer_releases_prefer_cudnn_and_only_on_cuda():
+    assert attend_module.prefers_cudnn(torch.device("cuda:1")) == (TORCH >= (2, 9))
+    assert not attend_module.prefers_cudnn(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("dtype", "n_kv_heads"), [(torch.bfloat16, 2), (torch.float32, 6)])
