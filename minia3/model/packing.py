@@ -40,7 +40,8 @@ class Packing:
     def unpack(self, x_T1D):
         """Return (B, L, D), with zeros in place of the padding."""
         x_ND = x_T1D.new_zeros(self.shape.numel(), x_T1D.shape[2])
-        x_ND.index_copy_(0, self.position_T, x_T1D.squeeze(1))
+        # `index_copy_` is missing on Apple's GPUs before torch 2.8, and slow before torch 2.13.
+        x_ND.index_put_((self.position_T,), x_T1D.squeeze(1))
         return x_ND.unflatten(0, self.shape)
 
     def adapters(self, adapter_B):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from batches import batch_of, gradients, same
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch_version import TORCH
 
 from minia3.inference.scoring import choice_logprobs
@@ -203,6 +204,28 @@ def test_a_model_has_the_same_gradients_row_by_row_and_at_once(name, loaded, mon
 )
 def test_other_batches_are_computed_at_once(mask_BL, device):
     assert Packing(mask_BL, torch.device(device)).lengths is None
+
+
+class Operators(TorchDispatchMode):
+    """Notes the names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_batch_is_packed_and_unpacked_by_operators_that_apple_s_gpus_have():
+    """In torch 2.5, `index_copy_` is the only operator of training and decoding that they lack."""
+    packing = Packing(MASK_BL, torch.device("cpu"))
+    x_BLD = torch.randn(*MASK_BL.shape, 4, requires_grad=True)
+    with Operators() as operators:
+        packing.unpack(packing.pack(x_BLD)).sum().backward()
+    assert "index_put_" in operators.names
+    assert not any(name.startswith("index_copy") for name in operators.names)
 
 
 # On a GPU
