@@ -9,6 +9,9 @@ import torch
 
 from minia3.model.to_device import to_device
 
+# Kinds of devices that have no float64: Apple's GPUs, and some of Intel's, such as the Arc A770
+WITHOUT_FLOAT64 = ("mps", "xpu")
+
 
 class Sampler:
     """Draws tokens. Each row has its own random numbers, so other rows do not influence it."""
@@ -21,8 +24,8 @@ class Sampler:
         """Return the next tokens (B, 1) of these rows."""
         uniform = [[self.streams[row].random_sample()] for row in rows]
         device = logits_BV.device
-        if device.type == "mps":
-            logits_BV = logits_BV.cpu()  # because Apple's GPU has no float64
+        if device.type in WITHOUT_FLOAT64:
+            logits_BV = logits_BV.cpu()
         uniform_B1 = to_device(torch.tensor(uniform, dtype=torch.float64), logits_BV.device)
         given = self.options
         tokens_B1 = draw_tokens(logits_BV, uniform_B1, given.temperature, given.top_k, given.top_p)

@@ -34,7 +34,7 @@ from words import N_IDS, PAD, texts, word_tokenizer
 
 import minia3
 from minia3.checkpoints.tokenizer import Tokenizer
-from minia3.inference import decoding
+from minia3.inference import decoding, sampling
 from minia3.inference.decoding import (
     decode_tokens,
     generate,
@@ -286,6 +286,26 @@ def test_no_temperature_overflows():
     uniform = torch.tensor([[0.0], [0.49], [0.51], [0.76], [1 - 2**-53]], dtype=torch.float64)
     assert set(draw_tokens(logits, uniform, 1e-300)[:, 0].tolist()) == {0}
     assert set(draw_tokens(logits + 9, uniform, 5e-324)[:, 0].tolist()) == {0}
+
+
+@pytest.mark.parametrize(("kind", "n_copies"), [("cuda", 0), ("mps", 1), ("xpu", 1)])
+def test_a_device_without_float64_leaves_drawing_to_the_cpu(kind, n_copies, monkeypatch):
+    copies = []
+
+    class Logits(torch.Tensor):
+        @property
+        def device(self):
+            return torch.device(kind)
+
+        def cpu(self):
+            copies.append(self)
+            return self.as_subclass(torch.Tensor)
+
+    monkeypatch.setattr(sampling, "to_device", lambda x, device: x)
+    logits = torch.tensor([[0.0, 9.0, 0.0], [9.0, 0.0, 0.0]])
+    sampler = sampling.Sampler([np.random.RandomState(0)] * 2, Options(temperature=0.1))
+    assert sampler.draw(logits.as_subclass(Logits), [0, 1]).tolist() == [[1], [0]]
+    assert len(copies) == n_copies
 
 
 @pytest.mark.slow
