@@ -421,7 +421,8 @@ def compile_step(model, state, backend="inductor"):
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
     for x in state.tensors_that_stay():
         # Otherwise torch would copy them before each step, or not use a CUDA graph at all.
-        torch._dynamo.mark_static_address(x)
+        # Another batch has others, for which the step need not be compiled again.
+        torch._dynamo.mark_static_address(x, guard=False)
     options = {"mode": "reduce-overhead"} if backend == "inductor" else {}
     return torch.compile(model.step, backend=backend, dynamic=False, **options)
 
