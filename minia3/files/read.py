@@ -24,7 +24,13 @@ N_SAMPLES = 256
 SAMPLE = 1 << 12
 
 # What an error about memory says, if it is not a MemoryError.
-MEMORY_SIGNS = ("can't allocate memory", "out of memory", "std::bad_alloc", "not enough memory")
+MEMORY_SIGNS = (
+    "can't allocate memory",
+    "out of memory",
+    "std::bad_alloc",
+    "not enough memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 def read_json(path):
