@@ -2,7 +2,7 @@
 
 from minia3.checkpoints.hub import find
 from minia3.checkpoints.load import build_model, read_checkpoint
-from minia3.files.processes import gathered, hold_together, n_processes
+from minia3.files.processes import FOREVER, gathered, hold_together, n_processes
 from minia3.model.shard import Shards
 from minia3.training.choices import TRAINED_ALONE
 from minia3.training.device import device_module, free_memory
@@ -77,7 +77,7 @@ def make_mesh(device, n_per_copy):
     `device` becomes the current one of this process.
     """
     import torch.distributed
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
     if not torch.distributed.is_initialized():  # --offload in a process that is alone
         store = torch.distributed.HashStore()
@@ -88,6 +88,6 @@ def make_mesh(device, n_per_copy):
         module.set_device(device.index)
     if n_per_copy == n_processes():
         return init_device_mesh(device.type, (n_per_copy,))
-    n_copies = n_processes() // n_per_copy
-    names = ("copies", "shards")
-    return init_device_mesh(device.type, (n_copies, n_per_copy), mesh_dim_names=names)["shards"]
+    # A mesh would give its groups torch's timeouts: 10 minutes with NCCL, and 30 with gloo.
+    group, _ = torch.distributed.new_subgroups(n_per_copy, timeout=FOREVER)
+    return DeviceMesh.from_group(group, device.type)

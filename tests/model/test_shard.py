@@ -8,7 +8,7 @@ from ranks import my_shards, on_ranks
 from torch_version import divides_a_base, divides_a_quantized_base
 
 import minia3
-from minia3.files.processes import add_over_processes, n_processes, rank
+from minia3.files.processes import FOREVER, add_over_processes, n_processes, rank
 from minia3.inference import scoring
 from minia3.inference.decoding import decode_tokens
 from minia3.inference.scoring import choice_logprobs
@@ -125,6 +125,24 @@ def test_four_processes_compute_the_same_in_one_copy_or_in_two(n_per_copy, peer)
     # cannot divide evenly.
     folders = [peer(name).folder for name in ("t5-v1.0", "llama-odd")]
     check(on_ranks(4, outcomes, folders, [PLAIN], n_per_copy))
+
+
+def group_of_copy(n_per_copy):
+    """Return the processes that hold a copy with this one, and how long they wait for each other.
+
+    The times are those of gloo, which is all that a CPU has.
+    """
+    group = my_shards(n_per_copy).mesh.get_group()
+    gloo = group._get_backend(torch.device("cpu"))
+    return torch.distributed.get_process_group_ranks(group), gloo.options._timeout
+
+
+@pytest.mark.parametrize(("n_per_copy", "copies"), [(4, [[0, 1, 2, 3]]), (2, [[0, 1], [2, 3]])])
+def test_processes_wait_for_each_other_as_long_as_it_takes(n_per_copy, copies):
+    """torch's own timeouts are 10 minutes with NCCL, and 30 with gloo."""
+    found = on_ranks(4, group_of_copy, n_per_copy)
+    expected = [(copy, FOREVER) for copy in copies for _ in copy]
+    assert found == expected
 
 
 @pytest.mark.slow
