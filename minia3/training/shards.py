@@ -1,8 +1,16 @@
 """Whether a run divides its frozen base among processes: --shard, --offload, and by default."""
 
+import atexit
+
 from minia3.checkpoints.hub import find
 from minia3.checkpoints.load import build_model, read_checkpoint
-from minia3.files.processes import FOREVER, gathered, hold_together, n_processes
+from minia3.files.processes import (
+    FOREVER,
+    close_connections,
+    gathered,
+    hold_together,
+    n_processes,
+)
 from minia3.model.shard import Shards
 from minia3.training.choices import TRAINED_ALONE
 from minia3.training.device import device_module, free_memory
@@ -82,6 +90,7 @@ def make_mesh(device, n_per_copy):
     if not torch.distributed.is_initialized():  # --offload in a process that is alone
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(store=store, rank=0, world_size=1)
+        atexit.register(close_connections)  # or NCCL would print a warning when Python ends
     module = device_module(device)
     if device.index is not None and hasattr(module, "set_device"):
         # A mesh has a kind of device and no index, so FSDP2 computes on the current one.

@@ -1,5 +1,8 @@
 """Whether a run divides its base: what --shard and --offload say, or what the memory allows."""
 
+import subprocess
+import sys
+
 import pytest
 import running
 import torch
@@ -74,6 +77,23 @@ def test_a_base_is_on_the_card_that_was_asked_for(name, current, monkeypatch):
     device = torch.device(name)
     shards.make_shards(None, True, device)
     assert made == [(device.type, (1,), current)]
+
+
+OFFLOAD_ALONE = """
+import atexit
+import torch
+from minia3.training.shards import make_shards
+atexit.register(lambda: print(torch.distributed.is_initialized()))  # after what is registered later
+make_shards(None, True, torch.device("cpu"))
+print(torch.distributed.is_initialized())
+"""
+
+
+@pytest.mark.slow  # it imports torch again
+def test_a_process_alone_closes_its_group_before_python_ends():
+    command = [sys.executable, "-c", OFFLOAD_ALONE]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout.split()) == (0, ["True", "False"]), done.stderr
 
 
 def config_of(*words):
