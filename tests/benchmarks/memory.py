@@ -53,8 +53,10 @@ def steps(config, batch, length):
     model = build_model(config).train({train})
     for name, p in list(model.named_parameters()):
         dtype = torch.float32 if name.endswith(".scale") else {dtype}
-        place_parameter(model, name, torch.full(p.shape, 0.01, dtype=dtype))
-    freeze(model.to({device!r}))
+        # At once on the device, because the memory of the CPU may be smaller.
+        weight = torch.full(p.shape, 0.01, dtype=dtype, device={device!r})
+        place_parameter(model, name, weight)
+    freeze(model.to({device!r}))  # with its buffers
     tokens = torch.ones(batch, length, dtype=torch.long, device={device!r})
     for _ in range(3):  # the first one makes the holes that malloc keeps, and the others find them
         state = model.start(tokens)

@@ -25,9 +25,10 @@ assert train.main([*common, "--out", folder + "-first", *flags[:2]]) == 0
 if device == "cpu":
     limit = limited_memory(int(n_bytes))
 else:
-    module = getattr(torch, torch.device(device).type)
-    total = module.get_device_properties(device).total_memory
-    module.set_per_process_memory_fraction(int(n_bytes) / total, device)
+    card = torch.empty(0, device=device).device  # with its number, which CUDA demands
+    module = getattr(torch, card.type)
+    total = module.get_device_properties(card).total_memory
+    module.set_per_process_memory_fraction(int(n_bytes) / total, card)
     limit = nullcontext()
 with limit:
     code = train.main([*common, "--out", folder, *flags])
@@ -98,10 +99,9 @@ def all_cards(place, folder):
 
 def divided(place, folder):
     """A base that all devices divide, or that one keeps in the CPU's memory, trains as a whole."""
-    ways = {
-        "offloaded": ["train.py", "--offload", "--device", place.device],
-        "divided": [*all_devices(place), "--shard"],
-    }
+    ways = {"offloaded": ["train.py", "--offload", "--device", place.device]}
+    if place.n_devices > 1:
+        ways["divided"] = [*all_devices(place), "--shard"]
     return compare_losses(place, folder, ways)
 
 

@@ -3,11 +3,13 @@
 import json
 
 import pytest
+import torch
 from forks import fork_python
 
 from minia3.training.device import available_devices, choose_device
 from tests.gpu.__main__ import CHECKS, main, run_check
 from tests.gpu.place import Place, expect_at_most
+from tests.gpu.runs import divided
 
 
 @pytest.mark.gpu
@@ -30,6 +32,17 @@ def test_a_dry_run_of_each_check_passes(name, tmp_path, capsys, monkeypatch):
     check = written["checks"][name]
     assert (check["result"], bool(check["figures"])) == ("passed", True)
     assert f"| {name} | passed | " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_single_card_divides_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(Place, "n_devices", 1)
+    place = Place(torch.device("cpu"), is_dry=True)
+    assert set(divided(place, tmp_path)) == {
+        "processes",
+        "offloaded, seconds",
+        "offloaded, losses differ by",
+    }
 
 
 def test_a_check_that_fails_is_one_line_and_the_others_go_on(tmp_path, monkeypatch, capsys):
