@@ -1,6 +1,7 @@
 """Where a model runs: the device, the dtype of its weights, and the memory that it took."""
 
 import os
+import re
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -8,7 +9,6 @@ from pathlib import Path
 import torch
 
 from minia3.files.processes import local_rank, n_on_machine
-from minia3.files.read import one_line
 
 DEVICES = {  # kind -> what it is; by default, a run takes the first one that the machine has
     "cuda": "NVIDIA's or AMD's GPU",
@@ -32,7 +32,7 @@ CONTAINER_FILES = (
     ),
 )
 
-LONGEST_REASON = 60  # characters: torch lists all of its devices, or refers to a web page
+LONGEST_REASON = 75  # characters: torch lists all of its devices, or refers to a web page
 
 # With fewer parameters than this, sharing an operation among cores takes longer than the operation.
 SMALL_MODEL = 10**7
@@ -52,7 +52,7 @@ def choose_device(name):
     # torch raises NotImplementedError, AssertionError and others for devices that it lacks.
     except Exception as error:
         expected = f"expected a device that this machine has: {', '.join(available_devices())}"
-        reason = one_line(error)
+        reason, *_ = re.split(r"\n|\. ", str(error))  # advice for programmers follows
         if len(reason) > LONGEST_REASON:
             reason = f"PyTorch {torch.__version__} finds no such device"
         raise ValueError(f"--device is {name!r}, {expected} ({reason})") from None

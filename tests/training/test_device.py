@@ -213,6 +213,32 @@ def test_a_device_that_this_machine_lacks_is_one_line_with_those_that_it_has(nam
     assert ", ".join(available_devices()) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously "),
+            "CUDA error: out of memory",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has a "),
+            "CUDA out of memory",
+        ),
+        (
+            RuntimeError("CUDA error: no kernel image is available for execution on the device\n"),
+            "CUDA error: no kernel image is available for execution on the device",
+        ),
+    ],
+)
+def test_a_device_that_cannot_be_used_is_not_said_to_be_missing(error, reason, monkeypatch):
+    def ones(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, "ones", ones)
+    with pytest.raises(ValueError, match=rf"\({reason}\)$"):
+        choose_device("cuda")
+
+
 # float16
 
 
