@@ -440,11 +440,10 @@ def summed(device):
     return signal, [table.grad.cpu() for table in tables], loss_A.cpu(), counts
 
 
-def test_processes_read_each_other_s_reports_at_once_and_wait_for_nothing_else():
+def test_processes_exchange_what_they_must_agree_on_without_waiting_for_a_gpu():
     (*found, counts), _ = on_sim(summed, "sim")
     same(found, list(summed("cpu")[:3]))
-    assert total(counts, READ, COPY_OUT) == 1
-    assert (total(counts, COPY_IN), total(counts, COPY_IN_AT_ONCE)) == (0, 1)
+    assert total(counts, READ, COPY_OUT, COPY_IN, COPY_IN_AT_ONCE) == 0
 
 
 @pytest.mark.parametrize("seed", ["0", "0,1"])

@@ -2,8 +2,8 @@
 
 Every process has the whole model, all cells, and the same batches. In a step it reads every n-th
 example, divides by the counts of the whole batch, and so has a part of the gradient. The parts are
-added up in one flat tensor, together with what the processes must agree on. From there on, all of
-them do the same: clip, update, stop. Only the first one writes.
+added up in one flat tensor, after the processes have told each other whether to stop. From there
+on, all of them do the same: clip, update, stop. Only the first one writes.
 
 There is no wrapper around the model: DistributedDataParallel hooks into `forward`, and the models
 here are called through `start` and `step`, so it would silently add up nothing.
@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from minia3.files.processes import add_over_processes, n_processes, rank
-from minia3.model.to_device import to_device
 
 
 def share_of_step(pairs, size):
@@ -51,21 +50,22 @@ def sum_step(parameters, loss_A, n_parts, signal):
     Return the number of the signal that any process has got, or None. Raise RuntimeError if the
     processes have not read the same number of parts.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    # Made on the CPU, because writing a number into a tensor of a GPU waits for the GPU.
-    reports = torch.zeros(2, n_processes(), dtype=loss_A.dtype, device="cpu")
+    # The CPUs exchange these by themselves, so none of them waits for its GPU. And they find out
+    # that a process has ended, for which a sum of GPUs would wait forever.
+    reports = torch.zeros(2, n_processes(), dtype=torch.long, device="cpu")
     reports[0, rank()] = n_parts
     reports[1, rank()] = signal or 0
-    reports = to_device(reports, loss_A.device)
-    pieces = [*gradients, loss_A, reports]
+    add_over_processes(reports)
+    n_parts_of_each, signals = reports.tolist()
+    if len(set(n_parts_of_each)) > 1:
+        raise RuntimeError(f"the processes have read {n_parts_of_each} parts of one step")
+
+    pieces = [p.grad for p in parameters if p.grad is not None]
+    pieces.append(loss_A)
     flat = torch.cat([piece.flatten() for piece in pieces])  # in the widest of their dtypes
     add_over_processes(flat)
 
     sums = flat.split([piece.numel() for piece in pieces])
     shaped = [total.view(piece.shape) for piece, total in zip(pieces, sums, strict=True)]
     torch._foreach_copy_(pieces, shaped)
-    # This waits for a GPU, because all processes must stop before the same update.
-    n_parts_of_each, signals = reports.int().tolist()
-    if len(set(n_parts_of_each)) > 1:
-        raise RuntimeError(f"the processes have read {n_parts_of_each} parts of one step")
     return max(signals) or None
