@@ -152,8 +152,8 @@ class Config:
     )
     dtype: str | None = flag(
         None,
-        "float32, bfloat16, float16 (not for T5) or float64 weights (default: bfloat16 on a GPU, "
-        "but float32 for full and on a CPU)",
+        "float32, bfloat16, float16 (not for T5) or float64 weights (default: bfloat16 on a GPU "
+        "that computes in it, but float32 for full and on a CPU)",
         one_of=DTYPES,
     )
     quantize: str | None = flag(

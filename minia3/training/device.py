@@ -180,9 +180,18 @@ def choose_dtype(config, device):
     if config.dtype is not None:
         return getattr(torch, config.dtype)
     # Full fine-tuning updates the weights themselves, and in bfloat16 small updates are lost.
-    if device.type == "cpu" or config.method == "full":
+    if device.type == "cpu" or config.method == "full" or not has_bfloat16(device):
         return torch.float32
     return torch.bfloat16
+
+
+def has_bfloat16(device):
+    """Return whether a GPU computes in bfloat16 itself: NVIDIA's do from capability 8.0 on.
+
+    Otherwise PyTorch converts to float32 in each product, which is slower than float32, and does
+    not fuse attention (T4, V100), or there is no product in bfloat16 at all (P100).
+    """
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def use_deterministic_kernels():

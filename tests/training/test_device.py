@@ -21,18 +21,21 @@ from minia3.training.process_state import unchanged_process
 
 
 @pytest.mark.parametrize(
-    ("has_gpu", "method", "line"),
+    ("gpu", "capability", "method", "line"),
     [
-        (False, "ia3", "device   cpu (no GPU found), float32"),
-        (True, "ia3", "device   cuda (H100), bfloat16"),
-        (True, "full", "device   cuda (H100), float32"),
+        (None, None, "ia3", "device   cpu (no GPU found), float32"),
+        ("H100", (9, 0), "ia3", "device   cuda (H100), bfloat16"),
+        ("H100", (9, 0), "full", "device   cuda (H100), float32"),
+        ("A100", (8, 0), "ia3", "device   cuda (A100), bfloat16"),
+        ("T4", (7, 5), "ia3", "device   cuda (T4), float32"),  # it has no bfloat16
     ],
 )
 def test_by_default_a_run_takes_the_gpu_if_there_is_one_and_says_why(
-    has_gpu, method, line, tmp_path, monkeypatch, capsys
+    gpu, capability, method, line, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(train, "Group", lambda *args: 0 / 0)
     with pytest.raises(ZeroDivisionError):
         run(words(tmp_path / "run", device=None, method=method))
