@@ -30,12 +30,13 @@ def cpu_as_default():
 
 
 def to_device(x, device):
-    """Return x as a tensor on the device, without waiting until it is there."""
+    """Return x as a tensor on the device, if possible without waiting until it is there."""
     is_on_cpu = x.device.type == "cpu"
     if is_on_cpu and device.type == "cuda":
         return copy_on_side_stream(x, device)
-    # On Apple's GPU, nothing keeps x alive until it has been copied.
-    is_lasting = device.type != "mps"
+    # On Apple's and Intel's GPUs, nothing keeps x alive until it has been copied (for Intel's, see
+    # intel/torch-xpu-ops#5217).
+    is_lasting = device.type not in ("mps", "xpu")
     return x.to(device, non_blocking=is_on_cpu and is_lasting)
 
 

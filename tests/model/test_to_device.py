@@ -32,8 +32,9 @@ class Copied:
 @pytest.mark.parametrize(
     ("source", "target", "calls"),
     [
-        ("cpu", "xpu", ["without waiting"]),
+        ("cpu", "meta", ["without waiting"]),
         ("cpu", "mps", ["waiting"]),  # it might read memory that is gone
+        ("cpu", "xpu", ["waiting"]),  # the same
         ("cuda", "cuda", ["waiting"]),  # it is there already, and cannot be pinned
     ],
 )
