@@ -187,7 +187,7 @@ def text_logprobs(model, batch, adapter):
     is_read_BR = texts.is_real_BS[:, 1:]  # nothing reads the last token
     packing = NO_PACKING
     if not is_read_BR.all():
-        packing = Packing(is_read_BR, device)
+        packing = Packing(is_read_BR, device, model.blocks[0])
 
     state = model.start(ids_BS[:, :1], None, adapter)  # which reads nothing of a single token
     x_ND = model.run_blocks(ids_BS[:, :-1], state, packing).flatten(0, 1)

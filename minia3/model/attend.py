@@ -6,7 +6,7 @@ decoding, plain products are used in 16-bit dtypes, and in float32 for many rows
 kernel is slow there.
 
 Shapes: B batch, L query length, M memory length, H query heads, G key/value heads, N query heads
-per key/value head (H / G), Q queries of N heads (N * L), K head width.
+per key/value head (H / G), Q queries of N heads (N * L), K head width, T real tokens of a batch.
 """
 
 from contextlib import contextmanager
@@ -35,10 +35,13 @@ def attend(q_BHLK, k_BGMK, v_BGMK, context, *, dropout=0.0, scale=1.0):
 
     H must be a multiple of G. context: its `bias_BHLM` is added to the scores, and must have the
     dtype of the queries, because on a CPU another dtype is silently misread. Its `is_causal` asks
-    for PyTorch's causal mask, which is right only if L = M.
+    for PyTorch's causal mask, which is right only if L = M. If it has lengths, rows lie end to end
+    (packing.py): those of keys and values, and in self-attention also those of queries.
     """
-    if can_attend_by_rows(context):
+    if context.packing.lengths is not None:
         return attend_by_rows(q_BHLK, k_BGMK, v_BGMK, context, dropout, scale)
+    if context.source_lengths is not None:
+        return attend_to_rows(q_BHLK, k_BGMK, v_BGMK, context.source_lengths, dropout, scale)
     bias_BHLM = context.bias_BHLM
     if is_decoding_on_cpu(q_BHLK, dropout):
         return attend_with_one_query(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, scale)
@@ -151,32 +154,33 @@ def aligned(bias):
     return zero_bias(bias.shape, bias.dtype, bias.device).copy_(bias)
 
 
-def can_attend_by_rows(context):
-    """Return whether this is the padded batch of long rows that is computed row by row."""
-    # Ask first whether this is compiled code. If that read the packing, torch would compile it
-    # again for each new packing.
-    return not torch.compiler.is_compiling() and context.packing.lengths is not None
+def attend_by_rows(q_1HTK, k_1GTK, v_1GTK, context, dropout, scale):
+    """Return what `attend` returns for rows that lie end to end, row b with lengths[b] tokens.
 
-
-def attend_by_rows(q_BHLK, k_BGMK, v_BGMK, context, dropout, scale):
-    """Return what `attend` returns for a batch whose row b has lengths[b] real tokens, L = M.
-
-    The padding gets zeros, and takes no time. On a CPU, long rows take about as long one by one as
-    all at once. Short rows would take longer one by one: see LEAST_COLUMNS in packing.py.
+    On a CPU, long rows take about as long one by one as all at once, and here they have no padding.
+    Short rows would take longer one by one: see LEAST_COLUMNS in packing.py.
     """
-    n_rows, _, n_columns, _ = q_BHLK.shape
-    biases = [None] * n_rows
+    lengths = context.packing.lengths
+    biases = [None] * len(lengths)
     if context.bias_BHLM is not None:
-        biases = context.bias_BHLM.expand(n_rows, -1, -1, -1).split(1)
-    # These are pieces and not x[b], whose gradient would be a whole batch of zeros for each row.
-    pieces = (q_BHLK.split(1), k_BGMK.split(1), v_BGMK.split(1), biases)
+        biases = context.bias_BHLM.expand(len(lengths), -1, -1, -1).split(1)
+    # These are pieces and not x[:, :, a:b], whose gradient would be all zeros but for one row.
+    pieces = [x.split(lengths, dim=2) for x in (q_1HTK, k_1GTK, v_1GTK)]
     rows = []
-    for n, q, k, v, bias in zip(context.packing.lengths, *pieces, strict=True):
+    for n, q, k, v, bias in zip(lengths, *pieces, biases, strict=True):
         if bias is not None:
             bias = bias[:, :, :n, :n]
-        q, k, v = (x[:, :, :n] for x in (q, k, v))
-        out = fused(q, k, v, bias, context.is_causal, dropout, scale)
-        rows.append(F.pad(out, (0, 0, 0, n_columns - n)))
+        rows.append(fused(q, k, v, bias, context.is_causal, dropout, scale))
+    return torch.cat(rows, dim=2)
+
+
+def attend_to_rows(q_BHLK, k_1GTK, v_1GTK, lengths, dropout, scale):
+    """Return what `attend` returns for cross-attention, if the sources lie end to end.
+
+    Row b of the queries sees all of source b, which has lengths[b] tokens.
+    """
+    pieces = (q_BHLK.split(1), k_1GTK.split(lengths, dim=2), v_1GTK.split(lengths, dim=2))
+    rows = [fused(q, k, v, None, False, dropout, scale) for q, k, v in zip(*pieces, strict=True)]
     return torch.cat(rows)
 
 

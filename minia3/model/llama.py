@@ -149,7 +149,7 @@ class Llama(nn.Module):
             start_B1 = source_BM.gather(1, to_device(last_B1, source.device))
             read_BL = source_BM[:, : max(self.n_read_at_least, int(last_B1.max()))]
             mask_BL = torch.arange(read_BL.shape[1], device=mask.device) < last_B1
-            packing = Packing(mask_BL, source.device)
+            packing = Packing(mask_BL, source.device, self.blocks[0])
             mask_BL = to_device(mask_BL, source.device)
 
         state = State(
@@ -162,6 +162,8 @@ class Llama(nn.Module):
         )
         if read_BL.shape[1] > 0:  # a prompt of one token leaves the cache empty
             self.run_blocks(read_BL, state, packing, kv_only=True)
+            for cache in state.caches:
+                cache.unpack(packing)
             state.mask_BM = mask_BL
         return state
 
@@ -190,7 +192,7 @@ class Llama(nn.Module):
         if kv_only:
             return None
         state.check_adapters(self)  # another thread may have removed one meanwhile
-        return self.norm(packing.unpack(x)).view(*tokens.shape, -1)
+        return packing.unpack(self.norm(x)).view(*tokens.shape, -1)
 
     def warn_if_too_long(self, length):
         """Warn, once for this model, if a sequence is longer than those that it was trained on."""
@@ -230,7 +232,7 @@ class Llama(nn.Module):
             packing,
             bias_BHLM,
             is_causal=bias_BHLM is None and n_queries > 1,
-            rotation=self.rotation(position_BL, dtype),
+            rotation=self.rotation(packing.positions(position_BL), dtype),
         )
 
     def rotation(self, position_BL, dtype):

@@ -52,6 +52,11 @@ class Context:
     is_causal: bool = False  # use PyTorch's causal mask, which is right only if L = M
     rotation: tuple | None = None  # LLaMA's positions: cos and sin (B or 1, 1, L, K)
     cross: "Context | None" = None  # the context of cross-attention, if there is any
+    source_lengths: list | None = None  # of cross-attention to sources that lie end to end
+
+    def count_sources(self, k):
+        """Return how many sources have their keys in `k`, (B, G, M, K) or end to end."""
+        return len(k) if self.source_lengths is None else len(self.source_lengths)
 
 
 @dataclass
@@ -59,7 +64,8 @@ class Cache:
     """One block's keys and values (B, G, M, K), scaled and rotated.
 
     kv: for self-attention. The first `length` columns are filled, and the others are spare room.
-    cross_kv: for cross-attention, made once from the encoder's output. None in LLaMA.
+    cross_kv: for cross-attention, made once from the encoder's output. None in LLaMA. On a CPU, the
+    sources may lie end to end (packing.py).
     make_cross_kv: a function that makes `cross_kv` when it is first needed, if it is not there yet.
     """
 
@@ -91,6 +97,11 @@ class Cache:
                 old[:, :, first : self.length] = x
         return self.filled()
 
+    def unpack(self, packing):
+        """Pad the keys and values of a prompt, if its Packing has them row after row."""
+        self.kv = tuple(packing.padded_heads(x) for x in self.kv)
+        self.length = self.kv[0].shape[2]
+
     def filled(self):
         """Return `kv` without its spare room, so that two states never write into the same room."""
         if self.kv is None:
@@ -120,6 +131,7 @@ class State:
     length: int = 0  # tokens of a row so far
     mask_BM: torch.Tensor | None = None  # which columns are real; None: all of them
     memory_bias_B11M: torch.Tensor | None = None  # for cross-attention: the source's padding
+    source_packing: Any = NO_PACKING  # how `cross_kv` of the caches lie
     n_sharing: int = 1  # rows that share one row of the caches
     adapter_numbers: tuple = ()  # as the caller gave them: see adapter_rows.py
 
@@ -181,11 +193,29 @@ class State:
 
     def cross_context(self):
         """Return the Context of cross-attention, in which rows that share a source ask together."""
-        n_sources = len(self.caches[0].read_cross_kv()[0])
+        lengths = self.source_packing.lengths
+        bias_B11M = self.memory_bias_B11M if lengths is None else None
+        context = Context(self.adapter_B, NO_PACKING, bias_B11M, source_lengths=lengths)
+        n_sources = context.count_sources(self.caches[0].read_cross_kv()[0])
         n_cache_rows = len(self.start) // self.n_sharing
         # Rows that share a source also share an adapter, so the first of them speaks for all.
-        adapter_B = self.adapter_B[:: n_cache_rows // n_sources]
-        return Context(adapter_B, NO_PACKING, self.memory_bias_B11M)
+        return replace(context, adapter_B=self.adapter_B[:: n_cache_rows // n_sources])
+
+    def prepare_decoding(self):
+        """Pad the keys and values of the source, and make them contiguous.
+
+        So every step of decoding reads them faster. If gradients are recorded, they stay as they
+        are, because other states share them.
+        """
+        if self.caches[0].make_cross_kv is not None:
+            return
+        for cache in self.caches:
+            cache.cross_kv = tuple(x.contiguous() for x in self.padded_cross_kv(cache))
+        self.source_packing = NO_PACKING
+
+    def padded_cross_kv(self, cache):
+        """Return the keys and values (B, G, M, K) of the source, also if they lie end to end."""
+        return tuple(self.source_packing.padded_heads(x) for x in cache.read_cross_kv())
 
     def positions(self):
         """Return (B, M), or (1, M) without padding: the position of each column in its text.
@@ -238,7 +268,7 @@ class State:
             if cache.kv is not None:
                 kv = tuple(selection.columns_of(x, axis=2) for x in cache.kv)
             if cache.read_cross_kv() is not None:
-                cross_kv = tuple(selection.rows_of(x) for x in cache.cross_kv)
+                cross_kv = tuple(selection.rows_of(x) for x in self.padded_cross_kv(cache))
             caches.append(Cache(kv, cross_kv, self.length))
         memory_bias_B11M = selection.rows_of(self.memory_bias_B11M)
         if memory_bias_B11M is not None:
@@ -252,6 +282,7 @@ class State:
             owner_M=selection.owner_M,
             mask_BM=selection.columns_of(self.mask_BM, axis=1),
             memory_bias_B11M=memory_bias_B11M,
+            source_packing=NO_PACKING,
             n_sharing=1,
         )
 

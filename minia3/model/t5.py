@@ -148,8 +148,7 @@ def cross_cache(cross, memory, context):
     blocks.
     """
     if not torch.is_grad_enabled():
-        # contiguous, because every step of decoding reads them
-        return Cache(cross_kv=tuple(x.contiguous() for x in cross.kv(memory, context)))
+        return Cache(cross_kv=cross.kv(memory, context))
 
     # All steps share them, also those of states that are made from this one. So they are made once,
     # and have gradients even if the first step has none.
@@ -190,14 +189,16 @@ class T5(nn.Module):
         x = self.embed(source)
         packing = NO_PACKING
         memory_bias_B11M = None
-        n_masks = 1
         if mask is not None:
-            n_masks = len(source)  # each row adds its own mask to the biases of positions
-            packing = Packing(mask, source.device)
+            packing = Packing(mask, source.device, self.encoder.blocks[0])
             mask_B11M = to_device(mask, source.device)[:, None, None, :]
             memory_bias_B11M = mask_to_bias(mask_B11M, x.dtype)
 
-        context = Context(packing.adapters(adapter_B), packing, memory_bias_B11M)
+        context = Context(packing.adapters(adapter_B), packing)
+        n_masks = 1
+        if packing.lengths is None and mask is not None:
+            context.bias_BHLM = memory_bias_B11M
+            n_masks = len(source)  # each row adds its own mask to the biases of positions
         check_bias(n_masks, self.config.n_heads, source.shape[1], source.shape[1])
         position_M = torch.arange(source.shape[1], device=source.device)
         distance_MM = position_M - position_M[:, None]
@@ -212,6 +213,7 @@ class T5(nn.Module):
             owner_M=torch.zeros(0, dtype=torch.long, device="cpu"),
             adapter_numbers=distinct_numbers(adapter, len(source)),
             memory_bias_B11M=memory_bias_B11M,
+            source_packing=packing,
         )
 
     def step(self, tokens, state):
@@ -226,6 +228,8 @@ class T5(nn.Module):
         """Append tokens (B, L) to the target, and return what the head reads (B, L, D)."""
         tokens_BL = state.append_columns(tokens)
         n_queries = tokens_BL.shape[1]
+        if n_queries == 1 and not torch.is_grad_enabled():
+            state.prepare_decoding()
         check_bias(self.config.n_heads, n_queries, len(state.token_M))
         x_BLD = self.embed(tokens_BL)
         mask_bias_11LM = None

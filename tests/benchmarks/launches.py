@@ -27,7 +27,7 @@ import minia3
 import train
 from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.inference.scoring import score_examples
-from minia3.model import attend, recompute
+from minia3.model import attend, packing, recompute
 from minia3.model.t5 import T5Config
 from tests.benchmarks.inference import (
     Ids,
@@ -79,7 +79,7 @@ class CountLaunches(PatchedMode):
             (F, "rms_norm", self.as_one(F.rms_norm)),
             (norm, "forward", staticmethod(self.as_one(norm.forward))),
             (norm, "backward", staticmethod(self.as_one(norm.backward))),
-            (attend, "can_attend_by_rows", lambda context: False),
+            (packing, "is_long_and_padded", lambda *args: False),
             (attend, "is_decoding_on_cpu", lambda *args: False),
         )
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from batches import batch_of, gradients, same
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_version import TORCH
 
@@ -110,14 +111,16 @@ LENGTHS = [40, 1, 64, 0, 6]  # a prompt of one token leaves a LLaMA nothing to r
 MASK_BL = torch.arange(LEAST_COLUMNS) < torch.tensor(LENGTHS)[:, None]
 
 
-def padded(n_heads, n_kv_heads, bias_kind):
-    """Return queries, keys and values of a padded batch, and its Context."""
+def pack(mask_BL, device="cpu"):
+    return Packing(mask_BL, torch.device(device), nn.Identity())
+
+
+def row_after_row(n_heads, n_kv_heads, bias_kind):
+    """Return queries, keys and values of the rows of a batch, end to end, and its Context."""
     torch.manual_seed(0)
     qkv = []
     for n in (n_heads, n_kv_heads, n_kv_heads):
-        qkv.append(
-            torch.randn(len(LENGTHS), n, LEAST_COLUMNS, 8, dtype=torch.float64, requires_grad=True)
-        )
+        qkv.append(torch.randn(1, n, sum(LENGTHS), 8, dtype=torch.float64, requires_grad=True))
     biases = {
         "causal": None,
         "per head": torch.randn(1, n_heads, LEAST_COLUMNS, LEAST_COLUMNS, dtype=torch.float64),
@@ -125,43 +128,44 @@ def padded(n_heads, n_kv_heads, bias_kind):
             -1, -1, LEAST_COLUMNS, -1
         ),
     }
-    of_batch = Packing(MASK_BL, torch.device("cpu"))
     is_causal = bias_kind == "causal"
-    return qkv, Context(torch.tensor([0]), of_batch, biases[bias_kind], is_causal)
+    return qkv, Context(torch.tensor([0]), pack(MASK_BL), biases[bias_kind], is_causal)
 
 
 @pytest.mark.parametrize(("n_heads", "n_kv_heads"), [(4, 4), (6, 2)])
 @pytest.mark.parametrize("bias_kind", ["causal", "per head", "per row"])
 def test_each_row_of_a_padded_batch_is_attention_of_that_row_alone(n_heads, n_kv_heads, bias_kind):
-    qkv, context = padded(n_heads, n_kv_heads, bias_kind)
+    qkv, context = row_after_row(n_heads, n_kv_heads, bias_kind)
     found = attend(*qkv, context, scale=0.3)
     grad = torch.randn(found.shape, dtype=torch.float64)
     gradients = torch.autograd.grad(found, qkv, grad)
+    first = 0
     for row, n in enumerate(LENGTHS):
-        alone = [x[row : row + 1, :, :n] for x in qkv]
+        of_row = slice(first, first + n)
+        first += n
+        alone = [x[:, :, of_row] for x in qkv]
         bias = context.bias_BHLM
         if bias is not None:
             bias = bias.expand(len(LENGTHS), -1, -1, -1)[row : row + 1, :, :n, :n]
         context_alone = Context(torch.tensor([0]), bias_BHLM=bias, is_causal=context.is_causal)
         expected = attend(*alone, context_alone, scale=0.3)
-        torch.testing.assert_close(found[row : row + 1, :, :n], expected)
-        assert not found[row, :, n:].any()
+        torch.testing.assert_close(found[:, :, of_row], expected)
 
-        expected_gradients = torch.autograd.grad(expected, alone, grad[row : row + 1, :, :n])
+        expected_gradients = torch.autograd.grad(expected, alone, grad[:, :, of_row])
         for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
-            torch.testing.assert_close(gradient[row : row + 1, :, :n], expected_gradient)
-            assert not gradient[row, :, n:].any()
+            torch.testing.assert_close(gradient[:, :, of_row], expected_gradient)
+    assert first == found.shape[2]
 
 
 def test_a_padded_batch_has_dropout():
-    qkv, context = padded(4, 4, "per head")
+    qkv, context = row_after_row(4, 4, "per head")
     plain = attend(*qkv, context)
     dropped = attend(*qkv, context, dropout=0.9)
     assert (dropped - plain).norm() > plain.norm()
 
 
 def test_a_padded_batch_is_computed_without_its_padding(monkeypatch):
-    qkv, context = padded(4, 4, "per head")
+    qkv, context = row_after_row(4, 4, "per head")
     original = F.scaled_dot_product_attention
     computed = []
 
@@ -174,15 +178,35 @@ def test_a_padded_batch_is_computed_without_its_padding(monkeypatch):
     assert computed == [(n, n) for n in LENGTHS]
 
 
+def test_rows_that_lie_end_to_end_are_the_rows_of_the_batch(monkeypatch):
+    end_to_end = pack(MASK_BL)
+    monkeypatch.setattr(packing, "LEAST_COLUMNS", LEAST_COLUMNS + 1)
+    unpacked = pack(MASK_BL)
+    assert unpacked.lengths is None
+
+    x_T1D = torch.randn(sum(LENGTHS), 1, 6)
+    for of_batch in (end_to_end, unpacked):
+        rows = of_batch.rows(x_T1D)
+        torch.testing.assert_close(of_batch.tokens(rows), x_T1D, rtol=0, atol=0)
+        x_BGLK = of_batch.padded_heads(rows.unflatten(2, (2, 3)).transpose(1, 2))
+        expected = unpacked.unpack(x_T1D).unflatten(2, (2, 3)).transpose(1, 2)
+        torch.testing.assert_close(x_BGLK, expected, rtol=0, atol=0)
+
+    position_L = torch.arange(LEAST_COLUMNS)
+    expected = torch.cat([position_L[:n] for n in LENGTHS])[None]
+    assert torch.equal(end_to_end.positions(position_L[None]), expected)
+    assert torch.equal(unpacked.positions(position_L[None]), position_L[None])
+
+
 @pytest.mark.parametrize("name", ["t5-v1.0", "t5-v1.1", "llama-gqa"])
 def test_a_model_has_the_same_gradients_row_by_row_and_at_once(name, loaded, monkeypatch):
     model = loaded(name).double()
     batch = batch_of((9, 5, 1))
     lengths = []
 
-    def spy(q_BHLK, k_BGMK, v_BGMK, context, dropout, scale):
+    def spy(q_1HTK, k_1GTK, v_1GTK, context, dropout, scale):
         lengths.append(context.packing.lengths)
-        return by_rows(q_BHLK, k_BGMK, v_BGMK, context, dropout, scale)
+        return by_rows(q_1HTK, k_1GTK, v_1GTK, context, dropout, scale)
 
     by_rows = attend_module.attend_by_rows
     monkeypatch.setattr(attend_module, "attend_by_rows", spy)
@@ -203,7 +227,13 @@ def test_a_model_has_the_same_gradients_row_by_row_and_at_once(name, loaded, mon
     ],
 )
 def test_other_batches_are_computed_at_once(mask_BL, device):
-    assert Packing(mask_BL, torch.device(device)).lengths is None
+    assert pack(mask_BL, device).lengths is None
+
+
+def test_compiled_code_computes_all_rows_at_once():
+    compiled = nn.Identity()
+    compiled.compile()
+    assert Packing(MASK_BL, torch.device("cpu"), compiled).lengths is None
 
 
 class Operators(TorchDispatchMode):
@@ -220,10 +250,10 @@ class Operators(TorchDispatchMode):
 
 def test_a_batch_is_packed_and_unpacked_by_operators_that_apple_s_gpus_have():
     """In torch 2.5, `index_copy_` is the only operator of training and decoding that they lack."""
-    packing = Packing(MASK_BL, torch.device("cpu"))
+    of_batch = pack(MASK_BL)
     x_BLD = torch.randn(*MASK_BL.shape, 4, requires_grad=True)
     with Operators() as operators:
-        packing.unpack(packing.pack(x_BLD)).sum().backward()
+        of_batch.unpack(of_batch.pack(x_BLD)).sum().backward()
     assert "index_put_" in operators.names
     assert not any(name.startswith("index_copy") for name in operators.names)
 

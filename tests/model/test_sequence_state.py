@@ -20,7 +20,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import minia3
-from minia3.model import sequence_state
+from minia3.model import packing, sequence_state
 from minia3.model.sequence_state import State
 
 NAMES = ["t5-v1.0", "t5-wide", "llama-gqa", "mistral"]
@@ -396,6 +396,40 @@ def test_selected_rows_that_shared_a_source_are_the_rows_apart(
     source_row = rows // (c * d)
     expected = logits(model, source[source_row], mask[source_row], target, adapter[source_row])
     assert off(found, expected) < 1e-5
+
+
+def use_state(model):
+    """Return the logits of calls that need each form of the source's keys and values."""
+    adapter = torch.tensor([1, 0, 1])
+    state = model.start(tokens(3, 6), length_mask(6, 1, 4), adapter).repeat(2)
+    found = [model.step(torch.cat((state.start, tokens(6, 3)), dim=1), state)]
+    chosen = state.select(torch.tensor([5, 1, 0, 3]))
+    for after in (chosen.repeat(2), state, chosen):
+        for n_tokens in (1, 2):
+            found.append(model.step(tokens(len(after.start), n_tokens, seed=n_tokens), after))
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_is_the_same_if_its_sources_lie_end_to_end(models, name, monkeypatch):
+    """As those of long rows do on a CPU."""
+    model = models[name]
+    vectors = list(minia3.vectors(model).values())
+    with torch.no_grad():
+        expected = use_state(model)
+    monkeypatch.setattr(packing, "LEAST_COLUMNS", 1)
+    with torch.no_grad():
+        found = use_state(model)
+    found_with_gradients = use_state(model)
+    for logits_found in (found, found_with_gradients):
+        torch.testing.assert_close(logits_found, expected, rtol=1e-4, atol=1e-5)
+
+    loss = sum(x.square().sum() for x in found_with_gradients)
+    gradients = torch.autograd.grad(loss, vectors)
+    monkeypatch.undo()
+    loss = sum(x.square().sum() for x in use_state(model))
+    for gradient, expected in zip(gradients, torch.autograd.grad(loss, vectors), strict=True):
+        assert off(gradient, expected) < 1e-4
 
 
 @pytest.mark.parametrize("name", NAMES)

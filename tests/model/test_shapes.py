@@ -62,6 +62,9 @@ BROADCAST = {
     "sin_B1LP": "B",
     "cos_B1LK": "B",
     "sin_B1LK": "B",
+    # The keys and values of a T5's sources may lie end to end, in a single row (packing.py).
+    "k_BGMK": "B",
+    "v_BGMK": "B",
 }
 
 
