@@ -39,7 +39,7 @@ from minia3.checkpoints.layout import (
     shard_names,
 )
 from minia3.files.home import expand_home
-from minia3.files.read import one_line
+from minia3.files.read import check_link, one_line
 from minia3.files.write import finish_writing
 
 LONGEST_WAIT = 600  # seconds without news of a download
@@ -70,6 +70,7 @@ def find(name_or_path, weights=True):
         if not is_gguf(path):
             refuse_file(path)
         return path
+    check_link(path)
     if not HUB_ID.fullmatch(repo):
         hint = nearest_name(repo) or ". `minia3 info --list` prints the known names"
         expected = "folder, .gguf file, hub id (org/name) or known name"
@@ -96,6 +97,7 @@ def find_adapter(name_or_path):
         raise ValueError(f"{path}: expected {expected}: give {path.parent}")
     if path.exists():
         return path
+    check_link(path)
     if not HUB_ID.fullmatch(str(name_or_path)):
         expected = "the folder or file of an adapter, or a hub id (user/name)"
         raise ValueError(f"{path}: not found; expected {expected}")

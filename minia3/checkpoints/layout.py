@@ -12,7 +12,7 @@ A folder with params.json and consolidated.*.pth is in Meta's layout instead (me
 import os
 from pathlib import Path
 
-from minia3.files.read import read_json, reading
+from minia3.files.read import broken_link, read_json, reading
 
 # A folder with either file holds a model: in Hugging Face's layout, or in Meta's.
 CONFIG_FILES = ("config.json", "params.json")
@@ -165,7 +165,11 @@ def trained_adapters(folder):
 
 def describe_content(folder):
     """Return in a few words what is in a folder."""
-    names = sorted(path.name for path in folder.iterdir())
+    paths = sorted(folder.iterdir())
+    for path in paths:
+        if broken_link(path) and not path.name.startswith("."):  # as Emacs's locks
+            return f"{path.name}, {broken_link(path)}"
+    names = [path.name for path in paths]
     if not names:
         return "an empty folder"
     shown = ", ".join(names[:N_NAMES_SHOWN])

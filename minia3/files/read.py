@@ -11,6 +11,7 @@ path, because a user's mistake must not end in a traceback:
 
 import hashlib
 import json
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -117,12 +118,29 @@ def problem_of_file(path):
         with open(path, "rb") as file:
             head = file.read(N_HEAD)
     except FileNotFoundError:
-        return "not found"
+        return broken_link(path) or "not found"
     except OSError as error:
         return error.strerror or one_line(error)  # str(error) repeats the path
     if not head:
         return "the file is empty"
     return problem_of_content(head)
+
+
+def broken_link(path):
+    """Return "a broken link to ..." if a path is a link that leads nowhere, or "".
+
+    A copy of the hub's cache has such links, and so has a folder on a disk that is not mounted.
+    """
+    if os.path.islink(path) and not os.path.exists(path):
+        return f"a broken link to {os.readlink(path)}"
+    return ""
+
+
+def check_link(path):
+    """Raise ValueError if a path is a broken link, which would be taken for no file."""
+    link = broken_link(path)
+    if link:
+        raise ValueError(f"{path}: {link}")
 
 
 def problem_of_content(head):

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from minia3.files.read import broken_link, check_link
 from minia3.tasks.known_tasks import known_tasks, list_known_tasks
 from minia3.tasks.names import list_names
 from minia3.tasks.row_files import FORMATS, remedy, rows_stem, rows_suffix
@@ -107,6 +108,8 @@ def find_split_files(folder: Path, task_file: Path | None = None) -> FoundFiles:
     for path in entries:
         name, _ = divide_name(path)
         split = SPLIT_OF_NAME.get(name.lower())
+        if split:
+            check_link(path)
         if split and rows_suffix(path) and path.is_file():
             kind = SHARD_NUMBER.sub("-*-of-", without_hash(path.name))
             candidates[split].setdefault(kind, []).append(path)
@@ -223,7 +226,8 @@ def unknown_task(name: str) -> str:
     """Return the message for a name that is neither a known task nor a path."""
     # A name such as raft/overruling has a slash, but is not a path.
     groups = {known.split("/")[0] for known in known_tasks() if "/" in known}
-    if looks_like_path(name) and name.split("/")[0] not in groups:
+    is_path = looks_like_path(name) and name.split("/")[0] not in groups
+    if is_path or os.path.islink(name):
         return describe_missing_path(name)
     message = f"{name!r} is not a known task, a file or a folder"
     entries = nearest_entries(Path(name))  # a folder has no suffix, so its name may be any word
@@ -250,6 +254,8 @@ def describe_missing_path(name: str) -> str:
     # The first part that does not exist is the one with the typo.
     while not os.path.exists(missing.parent):
         missing = missing.parent
+    if broken_link(missing):
+        return f"{name}: no such file or folder, because {missing} is {broken_link(missing)}"
     hint = ""
     if missing != path:
         hint = f", because there is no {missing}"

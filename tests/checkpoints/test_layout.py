@@ -1,6 +1,7 @@
 """Guards the layout of a folder: which files hold the weights, and which indexes are refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 from checkpoint_folders import have_the_same_bits, refusal
@@ -65,6 +66,27 @@ def test_a_folder_without_a_checkpoint_is_refused(copy, tmp_path):
     message = refusal(minia3.load_model, folder)
     assert "expected model.safetensors or pytorch_model.bin, whole or in shards" in message
     assert "found a folder with config.json, generation_config.json" in message
+
+
+def test_a_broken_link_is_named_as_such_and_not_looked_for_on_the_hub(copy, tmp_path, monkeypatch):
+    """A copy of a folder of the hub's cache has such links in place of its files."""
+    monkeypatch.chdir(tmp_path)
+    link = Path("org", "name")
+    link.parent.mkdir()
+    link.symlink_to("../blobs/1")
+    for find in (minia3.load_model, find_adapter):
+        assert refusal(find, link) == f"{link}: a broken link to ../blobs/1"
+
+    folder = copy("t5-v1.0")
+    (folder / ".#rows").symlink_to("somebody@example")  # as Emacs locks a file
+    (folder / "model.safetensors").unlink()
+    assert "a broken link" not in refusal(minia3.load_model, folder)
+    (folder / "model.safetensors").symlink_to("../blobs/1")
+    expected = "found model.safetensors, a broken link to ../blobs/1, expected model.safetensors"
+    assert expected in refusal(minia3.load_model, folder)
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to("../blobs/2")
+    assert "found config.json, a broken link to ../blobs/2" in refusal(minia3.load_model, folder)
 
 
 def test_the_weights_of_a_model_on_this_machine_are_found(copy, tmp_path):

@@ -55,6 +55,9 @@ def test_a_file_without_a_json_object_is_refused_with_the_reason(tmp_path, conte
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^[^\n]*/b\.json: not found$"):
         read_json(tmp_path / "b.json")
+    (tmp_path / "b.json").symlink_to("../blobs/1")
+    with pytest.raises(ValueError, match=r"/b\.json: a broken link to \.\./blobs/1$"):
+        read_json(tmp_path / "b.json")
     with pytest.raises(ValueError, match=r"^[^\n]*damaged or cut short: IsADirectoryError[^\n]*$"):
         read_json(tmp_path)
 

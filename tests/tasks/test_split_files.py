@@ -3,6 +3,8 @@ nearest path to one that does not exist.
 """
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 from task_files import lines, target
@@ -274,6 +276,25 @@ def test_a_name_without_a_slash_may_be_a_folder_with_a_typo(tmp_path, monkeypatc
         load_task("reviws")
     with pytest.raises(ValueError, match="did you mean 'raft/overruling'"):
         load_task("raft/overrulin")
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows", "rows/train.csv", "../here/rows"])
+def test_a_broken_link_is_named_as_such_and_not_as_the_nearest_name(tmp_path, monkeypatch, name):
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    link = Path(name.removesuffix("/train.csv"))
+    link.symlink_to("/not/mounted")
+    message = f"{name}: no such file or folder, because {link} is a broken link to /not/mounted"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        load_task(name)
+
+
+def test_a_broken_link_with_the_name_of_a_split_is_an_error(tmp_path):
+    fill(tmp_path, "test.csv")
+    (tmp_path / "train.csv").symlink_to("../blobs/1")
+    with pytest.raises(ValueError, match=r"train\.csv: a broken link to \.\./blobs/1$"):
+        find_split_files(tmp_path)
 
 
 def test_a_pattern_is_named_as_such(tmp_path):
