@@ -76,8 +76,12 @@ def submit(target, words, folder, n_workers, hours):
     """Start `n_workers` workers for `hours` at most, and print their jobs.
 
     target: CLUSTER or CLUSTER:PARTITION. words: what follows `minia3` in the workers' command line.
-    folder: for what the workers print.
+    folder: for what the workers print. Raise ValueError if its path has a %, because submitit and
+    SLURM take `runs/50%train` for a place with the number of a task in it: the job would be lost.
     """
+    path = folder.absolute()
+    if "%" in str(path):
+        raise ValueError(f"{path}: found a %, which stands for numbers of jobs: choose another out")
     try:
         import submitit
     except ImportError:

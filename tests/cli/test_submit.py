@@ -47,6 +47,17 @@ def test_a_job_in_which_a_run_fails_is_a_job_that_failed(tmp_path, capsys, monke
         job.result()
 
 
+def test_a_path_that_submitit_would_change_is_refused(tmp_path, capsys):
+    path = write_study(tmp_path)
+    folder = tmp_path / "runs" / "50%train"
+    message = failure(capsys, "study", path, "--out", folder, "--submit", "local")
+    assert message == (
+        f"minia3: {folder / 'workers'}: found a %, which stands for numbers of jobs: "
+        "choose another out\n"
+    )
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize("code", [1, 2])
 def test_a_worker_that_fails_does_not_return(monkeypatch, code):
     from minia3.cli.submit import Worker
