@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import random
+import shlex
 import signal
 import sys
 import tempfile
@@ -169,6 +170,11 @@ def run(arguments):
 
 def resume(folder):
     return run(["--resume", folder])
+
+
+def quoted(path):
+    """Return a path as it stands in a command line that a run shows, which a user may copy."""
+    return shlex.quote(str(path))
 
 
 def fails(arguments, capsys, *parts, code=2):

@@ -162,7 +162,8 @@ def test_a_wheel_trains_from_any_folder(programs, tmp_path):
     elsewhere = make_elsewhere(tmp_path)
     run = train_somewhere(programs, elsewhere)
     package, script, lines = call_train(programs, elsewhere, run)
-    assert lines[-1].endswith(f"to train longer: minia3 train --resume {run} --steps 4")
+    command = f"minia3 train --resume {running.quoted(run)} --steps 4"
+    assert lines[-1].endswith(f"to train longer: {command}")
     assert package.is_relative_to(programs.parent)
     # What a clone has once, a wheel has once, too.
     assert script == package / "shipped" / "train.py"

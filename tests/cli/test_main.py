@@ -258,19 +258,19 @@ def test_a_folder_with_files_and_a_file_are_not_overwritten(
         (PermissionError(errno.EACCES, "Permission denied", "x"), 2),
     ],
 )
-def test_a_failure_is_one_line_and_exit_code_1(error, code, capsys, monkeypatch):
+def test_a_failure_is_one_line_and_exit_code_1(error, code, tmp_path, capsys, monkeypatch):
     def fail(*args):
         raise error
 
     monkeypatch.setattr("minia3.adapters.lora.is_lora", fail)
-    line = failure(capsys, "merge", "tiny-t5", "adapter", "out", code=code)
+    line = failure(capsys, "merge", "tiny-t5", "adapter", tmp_path / "out", code=code)
     assert line == f"minia3: {' '.join(str(error).split()) or 'MemoryError'}\n"
 
 
-def test_a_bug_is_not_hidden(monkeypatch):
+def test_a_bug_is_not_hidden(tmp_path, monkeypatch):
     monkeypatch.setattr("minia3.adapters.lora.is_lora", lambda *args: {}["bug"])
     with pytest.raises(KeyError):
-        main(["merge", "tiny-t5", "adapter", "out"])
+        main(["merge", "tiny-t5", "adapter", str(tmp_path / "out")])
 
 
 def test_a_warning_is_one_line(adapters, capsys):

@@ -193,7 +193,8 @@ def test_an_extension_that_is_stopped_as_it_begins_continues_without_steps(
     with monkeypatch.context() as patch:
         patch.setattr(place, writer, write)
         assert extend(out) == 130
-    assert f"to continue: python train.py --resume {out}\n" in capsys.readouterr().err
+    command = f"python train.py --resume {running.quoted(out)}"
+    assert f"to continue: {command}\n" in capsys.readouterr().err
     assert resume(out) == 0
     assert outcome(out) == outcome(whole)
 
@@ -210,7 +211,8 @@ def test_an_extension_that_is_stopped_before_it_is_recorded_continues_with_steps
     with monkeypatch.context() as patch:
         patch.setattr(train, "make_cells", lambda config: kill_self(signal.SIGINT))
         assert extend(out, 12) == 130
-    assert f"to continue: python train.py --resume {out} --steps 12\n" in capsys.readouterr().err
+    command = f"python train.py --resume {running.quoted(out)} --steps 12"
+    assert f"to continue: {command}\n" in capsys.readouterr().err
     assert contents(out) == before
 
 

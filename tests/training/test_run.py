@@ -168,7 +168,7 @@ def last_words(capsys):
 
 def stopped(out):
     """Return what a stopped run says."""
-    return f"stopped; to continue: python train.py --resume {out}\n"
+    return f"stopped; to continue: python train.py --resume {running.quoted(out)}\n"
 
 
 @pytest.mark.slow
@@ -681,7 +681,7 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path, capsys):
     assert (
         capsys.readouterr().out
         == f"{out} is finished: the final lines of its metrics.jsonl are the results; "
-        f"to train longer: python train.py --resume {out} --steps 12\n"
+        f"to train longer: python train.py --resume {running.quoted(out)} --steps 12\n"
     )
     assert before == (
         contents(out),

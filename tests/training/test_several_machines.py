@@ -40,7 +40,7 @@ def test_a_run_on_two_machines_stops_continues_and_has_the_numbers_of_one_proces
     assert code == 128 + signal.SIGINT
     code, out, second_err = second.finish()
     assert (code, out) == (128 + signal.SIGINT, "")
-    message = f"stopped; to continue: torchrun ... train.py --resume {folder}\n"
+    message = f"stopped; to continue: torchrun ... train.py --resume {running.quoted(folder)}\n"
     assert first_err + second_err == message
     assert 10 <= running.load_checkpoint(folder).n_steps < FLAGS["steps"]
 

@@ -22,6 +22,10 @@ def words(folder, *flags, **values):
     return ["train.py", *running.words(folder, *flags, **LONG | values)]
 
 
+def resume_command(folder):
+    return f"torchrun --nproc-per-node 2 train.py --resume {running.quoted(folder)}"
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """The folder of a run in two processes that nobody stopped."""
@@ -64,7 +68,7 @@ def test_a_process_that_dies_ends_the_run_within_seconds(rank, uninterrupted, tm
     assert code == 128 + signal.SIGKILL
     assert err.count("\n") == 2
     assert f"minia3: torchrun: process {rank} was ended by signal 9 (Killed)" in err
-    assert f"to continue: torchrun --nproc-per-node 2 train.py --resume {folder}" in err
+    assert f"to continue: {resume_command(folder)}" in err
     assert running.load_checkpoint(folder).n_steps >= (5 if rank == 0 else 10)
 
     assert "processes so far" not in run_on_ranks(2, ["--resume", folder])
@@ -106,7 +110,7 @@ def test_a_signal_stops_all_processes_at_the_same_step(number, uninterrupted, tm
     process.send_signal(number)
     code, _, err = process.finish()
     assert code == 128 + number
-    assert err == f"stopped; to continue: torchrun --nproc-per-node 2 train.py --resume {folder}\n"
+    assert err == f"stopped; to continue: {resume_command(folder)}\n"
     run_on_ranks(2, ["--resume", folder])
     assert running.outcome(folder) == running.outcome(uninterrupted)
 
@@ -118,7 +122,7 @@ def test_a_signal_to_one_process_alone_stops_all_of_them(tmp_path):
     os.kill(process.pid_of_rank(1), signal.SIGINT)
     code, _, err = process.finish()
     assert code == 128 + signal.SIGINT
-    assert err == f"stopped; to continue: torchrun --nproc-per-node 2 train.py --resume {folder}\n"
+    assert err == f"stopped; to continue: {resume_command(folder)}\n"
     assert 10 <= running.load_checkpoint(folder).n_steps < LONG["steps"]
 
 

@@ -46,7 +46,8 @@ def test_a_process_that_dies_ends_the_run_and_resume_gives_the_same_bits(uninter
     assert code == 128 + signal.SIGKILL
     assert err.count("\n") == 2, err
     assert "minia3: torchrun: process 1 was ended by signal 9 (Killed)" in err
-    assert f"to continue: torchrun --nproc-per-node 2 train.py --resume {folder}" in err
+    command = f"torchrun --nproc-per-node 2 train.py --resume {running.quoted(folder)}"
+    assert f"to continue: {command}" in err
     out = run_on_ranks(2, ["--resume", folder])
     assert "shard    2 processes hold the base together" in out
     assert running.outcome(folder) == running.outcome(uninterrupted)
@@ -60,7 +61,7 @@ def test_a_signal_stops_all_processes_and_one_process_may_continue(tmp_path):
     process.send_signal(signal.SIGINT)
     code, _, err = process.finish()
     assert code == 128 + signal.SIGINT
-    command = f"torchrun --nproc-per-node 2 train.py --resume {folder}"
+    command = f"torchrun --nproc-per-node 2 train.py --resume {running.quoted(folder)}"
     assert err == f"stopped; to continue: {command}\n"
     assert running.run(["--resume", folder]) == 0
     alone = tmp_path / "alone"

@@ -14,7 +14,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import ROOT, finish, kill_self, load_checkpoint, outcome, resume, run, start, words
+from running import (
+    ROOT,
+    finish,
+    kill_self,
+    load_checkpoint,
+    outcome,
+    quoted,
+    resume,
+    run,
+    start,
+    words,
+)
 
 import train
 from minia3.files.processes import GONE, PeerGone
@@ -269,7 +280,7 @@ def test_a_single_operation_that_takes_a_minute_is_given_up_within_five_seconds(
     assert finish(process) == 128 + numbers[-1]
     assert time.monotonic() - began < 5
     log = (tmp_path / "log").read_text()
-    assert log.endswith(f"stopped; to continue: python train.py --resume {out}\n")
+    assert log.endswith(f"stopped; to continue: python train.py --resume {quoted(out)}\n")
     assert (WAITING in log) == (len(numbers) == 2)
     assert resume(out) == 0
     assert outcome(out) == outcome(tmp_path / "whole")
