@@ -9,6 +9,7 @@ tensorboard/     see trackers.py
 
 import dataclasses
 import hashlib
+import os
 import platform
 import re
 import shutil
@@ -49,7 +50,8 @@ def choose_folder(config):
     If that folder holds a run with other flags, the flags that differ are added to the name.
     """
     folder = RUNS / run_name(config)
-    if not (folder / "config.json").exists():
+    # os.path.exists, because Path.exists raises OSError if a name is too long for the file system.
+    if not os.path.exists(folder / "config.json"):
         return folder
     try:
         content = read_run_config(folder)
@@ -161,7 +163,11 @@ def begin_run(folder, config, resources):
                 f"{folder} holds a run already ({', '.join(found)}): use --resume or another --out"
             )
         remove_leftovers(folder)  # a run that was killed before it had a config.json
-        write_json(folder / "config.json", dataclasses.asdict(config) | environment())
+        try:
+            write_json(folder / "config.json", dataclasses.asdict(config) | environment())
+        except OSError:  # the disk is full
+            discard_run(folder)
+            raise
     except OSError as error:
         raise ValueError(
             f"--out is {str(folder)!r}, expected a folder to write to: {error.strerror}"

@@ -1,6 +1,7 @@
 """The folder of a run: no run overwrites another, and it records what the run depends on."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -152,6 +153,26 @@ def test_a_mistake_leaves_no_empty_folder_behind(tmp_path, monkeypatch, capsys):
     (tmp_path / "runs" / "other").mkdir(parents=True)
     fails(words(None, task="nowhere.jsonl"), capsys, "nowhere.jsonl")
     assert [path.name for path in Path("runs").iterdir()] == ["other"]
+
+
+def test_a_disk_that_is_full_from_the_beginning_leaves_no_empty_folder_behind(
+    tmp_path, monkeypatch, capsys
+):
+    def refuse(path, value):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("minia3.training.run_folder.write_json", refuse)
+    fails(words(None), capsys, "--out is 'runs/t5-0-task-2-ia3-0'", "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_default_folder_whose_name_is_too_long_is_a_mistake(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = Path(f"{'x' * 245}.jsonl")
+    rows.write_text("".join(json.dumps(row) + "\n" for row in running.rows(20)))
+    Path("runs").mkdir()  # without it, the system does not look at the name
+    fails(words(None, task=rows), capsys, "--out is 'runs/t5-0-xxx", "File name too long")
 
 
 def run_by_default(**flags):
