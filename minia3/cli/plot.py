@@ -217,7 +217,12 @@ def row_label(row, names):
     # A flag stays beside its value.
     label = re.sub(r"(?<!,) ", NO_BREAK, f"{names[row.model]}: {row.method}")
     text = textwrap.fill(label, ROW_LABEL_WIDTH, break_on_hyphens=False).replace(NO_BREAK, " ")
-    return f"{text}\n{row.n_trainable:,} parameters"
+    return drawable(f"{text}\n{row.n_trainable:,} parameters")
+
+
+def drawable(text):
+    """Return a text without what is not Unicode in the name of a file, which matplotlib refuses."""
+    return text.encode(errors="replace").decode()
 
 
 def draw_task(ax, rows, task):
@@ -245,7 +250,7 @@ def draw_task(ax, rows, task):
         share = row.cells[task].median
         if row.method == COMMONEST and not is_unknown(share):
             ax.axvline(share, color="C1", linestyle="--", label="always the commonest label")
-    ax.set(title=shown_task(task), xlabel=axis_label(metric or "result"))
+    ax.set(title=drawable(shown_task(task)), xlabel=axis_label(metric or "result"))
     ax.margins(x=0.1)
 
 
@@ -272,7 +277,7 @@ def draw_curves(figure, results):
         groups.setdefault(label, []).append(result)
 
     if len(titles) == 1:
-        figure.suptitle(titles[0])
+        figure.suptitle(drawable(titles[0]))
     panels = curve_panels(results)
     axes = figure.subplots(len(panels), 2, squeeze=False)
     for i, (label, group) in enumerate(groups.items()):
@@ -282,7 +287,7 @@ def draw_curves(figure, results):
             "linestyle": LINE_STYLES[layer],
             "zorder": 2 + layer,
             "linewidth": np.interp(i, (0, len(groups)), WIDTHS),
-            "label": f"{label} (runs: {len(group)})",
+            "label": drawable(f"{label} (runs: {len(group)})"),
         }
         for row, curve_of in zip(axes, panels.values(), strict=True):
             draw_group(row, list(map(curve_of, group)), group, style)
@@ -435,8 +440,9 @@ def draw_similarity(figure, adapters):
     ax = figure.add_subplot()
     image = ax.imshow(cosines, vmin=-1, vmax=1, cmap="RdBu_r", zorder=2)
     figure.colorbar(image, label="cosine of l - 1")
-    ax.set_xticks(range(len(adapters)), adapters, rotation=90)
-    ax.set_yticks(range(len(adapters)), adapters)
+    names = list(map(drawable, adapters))
+    ax.set_xticks(range(len(names)), names, rotation=90)
+    ax.set_yticks(range(len(names)), names)
     if len(adapters) > MOST_NUMBERED:
         return
     for (i, j), cosine in np.ndenumerate(cosines):

@@ -2,6 +2,7 @@
 files, and that a missing matplotlib is reported with the extra to install."""
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -69,6 +70,18 @@ def test_dollar_signs_in_names_and_flags_begin_no_formula(tmp_path):
     make_run(tmp_path / "b", task="$a_$", input="{x}")
     path, _ = plot([tmp_path], tmp_path)  # and a note that the adapters are not there
     assert path == str(tmp_path / "accuracy.png")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_names_of_files_that_are_not_utf8_are_drawn(runs, tmp_path):
+    task = os.fsdecode(b"caf\xe9")  # Latin-1, as from an old archive
+    for name in ("a", "b"):
+        shutil.copytree(runs / "ia3-0", tmp_path / f"{task}-{name}")
+        change_final(tmp_path / f"{task}-{name}", task=f"{task}-{name}")
+    pictures = list(plot([tmp_path / f"{task}-a"], tmp_path / "one"))
+    assert len(pictures) == 3
+    pictures = list(plot([tmp_path], tmp_path / "both"))
+    assert len(pictures) == 5  # with the similarity
 
 
 @pytest.mark.slow
