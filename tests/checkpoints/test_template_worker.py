@@ -190,6 +190,18 @@ def test_time_memory_and_text_have_limits(template, start_limited):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("most", [None, 1 << 40, 1 << 29])
+def test_a_lower_limit_of_the_system_stays_because_only_root_may_raise_it(monkeypatch, most):
+    resource = pytest.importorskip("resource", reason="Windows has no such limits")
+    calls = []
+    found = resource.RLIM_INFINITY if most is None else most
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (found, found))
+    monkeypatch.setattr(resource, "setrlimit", lambda *limit: calls.append(limit))
+    template_worker.limit_memory()
+    expected = (resource.RLIMIT_AS, (template_worker.MAX_BYTES, template_worker.MAX_BYTES))
+    assert calls == ([] if most == 1 << 29 else [expected])
+
+
 def test_a_single_operation_that_never_comes_back_is_ended(hurried):
     """Squaring a huge number holds the interpreter's lock, so no Python thread could stop it."""
     template = doubling("7", "{% set ns.x = ns.x * ns.x %}")
