@@ -35,7 +35,7 @@ def test_an_id_without_an_embedding_is_refused_by_its_token(source, targets):
     tokenizer = word_tokenizer(ends=False)
     tokenizer.backend.add_special_tokens(["<new>"])
     example = Example(source, targets, 0)
-    with pytest.raises(ValueError, match=r"token '<new>' with the id 61, .* ends at 60: take"):
+    with pytest.raises(ValueError, match=r"token '<new>' with the id 61, .* ends at 60: remove"):
         check_ids(example, N_IDS, tokenizer)
     check_ids(example, N_IDS + 1, tokenizer)
 
