@@ -204,13 +204,15 @@ class State:
     def prepare_decoding(self):
         """Pad the keys and values of the source, and make them contiguous.
 
-        So every step of decoding reads them faster. If gradients are recorded, they stay as they
-        are, because other states share them.
+        So every step of decoding reads them faster. Those that `start` makes with gradients stay as
+        they are, because other states share them.
         """
         if self.caches[0].make_cross_kv is not None:
             return
-        for cache in self.caches:
-            cache.cross_kv = tuple(x.contiguous() for x in self.padded_cross_kv(cache))
+        # With gradients, because `select` may have given this state some that a later step needs.
+        with torch.inference_mode(False), torch.enable_grad():
+            for cache in self.caches:
+                cache.cross_kv = tuple(x.contiguous() for x in self.padded_cross_kv(cache))
         self.source_packing = NO_PACKING
 
     def padded_cross_kv(self, cache):

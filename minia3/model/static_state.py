@@ -72,6 +72,9 @@ class StaticState(State):
     def append_columns(self, tokens_B1):
         return tokens_B1  # there is room, and `advance` counts
 
+    def prepare_decoding(self):
+        """Do nothing: `make` got a state that was prepared, or padded a copy of it by `select`."""
+
     def advance(self):
         """Count the token that the last step has read."""
         self.column_1 += 1

@@ -646,6 +646,42 @@ def test_gradients_flow_through_a_cache_that_grows_and_is_selected_from(models, 
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_decoding_a_token_takes_no_gradients_from_a_state_that_was_selected(
+    models, name, without_gradients
+):
+    model = models[name]
+    source = tokens(4, 4)
+    rows = torch.tensor([3, 0, 3])
+
+    def gradients_after_a_token(state):
+        with without_gradients():
+            model.step(tokens(3, 1), state)
+        return gradients(model, model.step(tokens(3, 2), state))
+
+    found = gradients_after_a_token(model.start(source, MASK).select(rows))
+    expected = gradients_after_a_token(model.start(source[rows], MASK[rows]))
+    assert found.keys() == expected.keys()
+    for vector, gradient in expected.items():
+        torch.testing.assert_close(found[vector], gradient, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "masked"])
+def test_a_state_that_has_decoded_in_inference_mode_may_train_outside_of_it(models, name, mask):
+    model = models[name]
+    found = []
+    for without_gradients in (torch.no_grad, torch.inference_mode):
+        with torch.no_grad():
+            state = model.start(tokens(4, 4), mask)
+        with without_gradients():
+            model.step(state.start, state)
+        found.append(gradients(model, model.step(tokens(4, 2), state)))
+    for vector, gradient in found[0].items():
+        assert torch.equal(found[1][vector], gradient)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_gradients_of_rows_that_share_a_source_are_those_of_the_rows_apart(models, name):
     model = models[name]
     mask = MASK[:2]
