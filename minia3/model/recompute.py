@@ -115,9 +115,9 @@ def scale_keeping_result(x_BLD, l_BD):
     This overwrites x, so the caller must not use x afterwards. The gradient of l is the sum of
     grad * x, and x is the result divided by l.
 
-    The result takes no more memory if what reads it next keeps it anyway: attention, the unpacking
-    of a packed batch, or Qwen3's norm of keys. Without padding, the keys of other LLaMAs are
-    rotated next, which keeps nothing of them. There the result takes as much memory as x would.
+    The result takes no more memory if what reads it next keeps it anyway: attention, or Qwen3's
+    norm of keys. The keys of other LLaMAs are rotated next, and a GPU unpacks a padded batch next,
+    which keeps nothing of them. There the result takes as much memory as x would.
 
     float16 has no number as small as TINY, torch.compile decides for itself what to keep, and x may
     not be overwritten below a backward hook of the user: all three get the plain product.
