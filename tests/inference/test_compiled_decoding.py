@@ -113,6 +113,21 @@ def test_no_tensor_of_a_state_is_copied_for_each_step(model):
     assert kinds == {"unguarded"}, "another batch would compile the step again"
 
 
+def test_a_step_prepares_no_keys_and_values_of_the_source_again(loaded):
+    """Otherwise a compiled step would trace this, and switch gradients on for it."""
+    model = loaded("t5-v1.1", seed=0)
+    source = torch.tensor([[5, 6, 7], [8, 9, 0]])
+    with torch.no_grad():
+        state = model.start(source, source > 0)
+        model.step(state.start, state)
+        static = decoding.StaticState.make(state, 2)
+        before = [cache.cross_kv for cache in static.caches]
+        model.step(state.start, static)
+    for cache, cross_kv in zip(static.caches, before, strict=True):
+        assert cache.cross_kv is cross_kv
+        assert all(x.is_contiguous() for x in cross_kv)
+
+
 def test_a_beam_search_is_not_compiled(model, tokenizer):
     with pytest.raises(ValueError, match="beams is 2, expected 1: a beam search is not compiled"):
         minia3.generate(model, tokenizer, ["w3"], beams=2, compile=True)
