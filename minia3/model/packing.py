@@ -2,8 +2,8 @@
 
 Two sources of 30 and 500 tokens fill a batch of 2 x 500 positions, but only 530 are real tokens.
 Projections, norms and feed-forwards get those 530 as rows of one token each. Only attention needs
-to know which tokens belong together. A GPU gets a padded batch again. A CPU computes the attention
-of long rows one by one, and finds them end to end.
+to know which tokens belong together. On a GPU, it gets a padded batch again. On a CPU, long rows
+stay end to end, and attention reads them one by one.
 
 Shapes: B batch, L length, D width, T real tokens of the batch, N positions of the batch (B * L),
 G key/value heads, K head width.
@@ -62,9 +62,9 @@ class Packing:
         return x.squeeze(0).unsqueeze(1)
 
     def padded_heads(self, x):
-        """Return keys or values (B, G, L, K) as they are without `lengths`, with zeros as padding.
+        """Return keys or values (B, G, L, K), with zeros in place of the padding.
 
-        x: (1, G, T, K), row after row.
+        x: the keys or values of `rows`, which may be (1, G, T, K), row after row.
         """
         if self.lengths is None:
             return x
