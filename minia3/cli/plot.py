@@ -221,7 +221,7 @@ def row_label(row, names):
 
 
 def drawable(text):
-    """Return a text without what is not Unicode in the name of a file, which matplotlib refuses."""
+    """Return a text for matplotlib, with "?" for bytes of file names that are not UTF-8."""
     return text.encode(errors="replace").decode()
 
 

@@ -243,8 +243,9 @@ def end_ids_of(model, tokenizer, stops=()):
 
 
 def special_tokens_of(tokenizer):
-    """Return the special tokens, which are in no text: id -> name. A tokenizer of another package,
-    of which nothing but `decode` is known, has none.
+    """Return a dict from the id of each special token to its name. Texts never contain them.
+
+    A tokenizer of another package may have nothing but `decode`. Then the dict is empty.
     """
     if not hasattr(tokenizer, "backend"):
         return {}
@@ -253,7 +254,7 @@ def special_tokens_of(tokenizer):
 
 
 def warn_of_hidden_stops(tokenizer, stops, end_ids):
-    """Warn of stop texts that no text has, because they have a special token and other text."""
+    """Warn of stop texts that are never found: those with a special token and other text."""
     for stop in stops:
         for i, name in special_tokens_of(tokenizer).items():
             if name in stop and i not in end_ids:

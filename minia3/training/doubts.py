@@ -164,7 +164,7 @@ def doubts_about_result(final, losses):
 
 def doubts_about_dtypes(dtypes):
     """Return a text in a list if the base had several dtypes, one after the other."""
-    if len(dtypes) == 1:
+    if len(dtypes) < 2:
         return []
     found = " then ".join(dtypes)
     return [f"the weights were {found}, because there was no --dtype: results differ by rounding"]

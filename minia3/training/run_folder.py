@@ -165,7 +165,7 @@ def begin_run(folder, config, resources):
         remove_leftovers(folder)  # a run that was killed before it had a config.json
         try:
             write_json(folder / "config.json", dataclasses.asdict(config) | environment())
-        except OSError:  # the disk is full
+        except OSError:  # such as a full disk
             discard_run(folder)
             raise
     except OSError as error:
