@@ -111,6 +111,14 @@ def test_a_row_was_disturbed_if_others_were_busy_or_the_roof_was_low():
     assert not table.is_disturbed(Row("B", 1, 1, 1.0), record)
 
 
+def test_a_run_says_how_many_calls_were_made_again():
+    first = step_row(repeated=7, calls=1_000)
+    second = step_row(repeated=4, calls=30)
+    with_repeats = record_of({STEP: first, GENERATION: second, KEPT: Row("B", 2e6, 4e6, 2.0)})
+    heading = table.heading([record_of({STEP: step_row()}), with_repeats])
+    assert "| calls made again | none | 11 of 1,030 |" in heading.splitlines()
+
+
 def test_a_goal_beyond_the_floor_or_beyond_the_kernels_alone_is_shown_as_such():
     row = replace(step_row(ratio=1.08), theirs=2.16, floor=1.6, floor_of="products")
     row = replace(row, alone=1.8, alone_of="products")

@@ -185,10 +185,8 @@ def test_nothing_is_timed_if_one_side_leaves_the_adapter_out(model, line, tmp_pa
 def test_the_sides_take_turns_in_going_first_and_none_follows_itself():
     calls = []
     sides = {name: functools.partial(calls.append, name) for name in ("a", "b", "c")}
-    n_times = []
-    times = measure.alternate(sides, 3, n_warm_ups=1, after_each=lambda: n_times.append(len(calls)))
+    times = measure.alternate(sides, 3, n_warm_ups=1)
     assert calls == [*"abc", *"abc", *"bca", *"cab"]
-    assert n_times == list(range(4, 13))  # after each call but the warm-ups
     assert {side: len(seconds) for side, seconds in times.items()} == {"a": 3, "b": 3, "c": 3}
 
 
@@ -220,11 +218,13 @@ def test_a_row_says_what_ours_could_reach_at_its_floor_and_can_be_read_back():
     assert Row.read(row.published()) == row
 
 
-@pytest.mark.parametrize(("seconds_of_a_call", "n_rounds"), [(0.5, 20), (0.001, 21), (20.0, 3)])
+@pytest.mark.parametrize(("seconds_of_a_call", "n_rounds"), [(0.5, 10), (0.001, 21), (20.0, 3)])
 def test_there_are_as_many_rounds_as_fit(seconds_of_a_call, n_rounds, monkeypatch):
     monkeypatch.setattr(measure, "seconds", lambda function: seconds_of_a_call)
-    assert Bench(False, 30, None).plan_rounds([None] * 3) == n_rounds
-    assert Bench(True, 30, None).plan_rounds([None] * 3) == 1
+    planned, seconds_to_take = Bench(False, 30, None).plan_rounds([None] * 3)
+    assert planned == n_rounds
+    assert seconds_to_take == pytest.approx(3 * n_rounds * 3 * 2 * seconds_of_a_call)
+    assert Bench(True, 30, None).plan_rounds([None] * 3) == (1, 0)
 
 
 def test_programs_that_are_measured_do_not_see_bitsandbytes():
@@ -275,26 +275,42 @@ def side(calls, name, *n_seconds):
     return run
 
 
-def test_the_roof_takes_turns_with_the_sides(calls):
+def test_the_roof_runs_after_each_call(calls):
     bench = Bench(True, 0, Roof(torch.float32, 8))
     ours = side(calls, "ours", 2.0)
     theirs = side(calls, "theirs", 3.0)
     row = bench.time(ours, theirs, alone=side(calls, "alone", 1.0))
-    assert calls == ["ours", "theirs", "alone", "roof"]
+    assert calls == ["roof", "ours", "roof", "theirs", "roof", "alone", "roof"]
     assert row.peak_flops == 2 * 8**3 / 0.5
     assert row.alone == 1.0
-    assert row.others_busy == 2.5  # the mean of 1, 2, 3 and 4
+    assert row.others_busy == 4  # the mean of 2, 4 and 6
+    assert (row.calls, row.repeated) == (3, 0)
 
 
-def test_the_roof_comes_before_each_short_call_and_the_floor_is_the_least(calls):
+def test_the_floor_is_the_least_of_all_rounds(calls):
     bench = Bench(False, 1000, Roof(torch.float32, 8))
     floor = side(calls, "floor", 4.0, 3.0, 2.0, 6.0)
-    row = bench.time(side(calls, "ours", 5.0), side(calls, "theirs", 6.0), None, floor, True)
-    for name in ("ours", "theirs", "floor"):
-        positions = [i for i, call in enumerate(calls) if call == name][1:]  # after planning
-        assert len(positions) == MOST_ROUNDS  # so many that each side has been the first
-        assert {calls[i - 1] for i in positions} == {"roof"}
+    row = bench.time(side(calls, "ours", 5.0), side(calls, "theirs", 6.0), floor=floor)
+    assert calls.count("floor") == 1 + MOST_ROUNDS  # planning calls it, too
     assert row.floor == 2.0
+
+
+def test_a_call_beside_a_slow_roof_is_made_again(monkeypatch):
+    monkeypatch.setattr(measure, "seconds", lambda function: function())
+    roof = Roof(torch.float32, 8)
+    roofs = iter([1.0, 1.2, 1.3, 1.2, 1.0, 0.5, 0.6, 0.7, 0.7, 0.6])
+    monkeypatch.setattr(Roof, "__call__", lambda _: next(roofs))
+    timer = measure.Timer(roof, seconds_to_take=1000)
+    calls = itertools.count()
+    counted = [timer(lambda: next(calls)) for _ in range(3)]
+    # The roofs around call 0 are 1.0 and 1.2. The second limit is 1.25, until a roof of 0.5.
+    assert counted == [0, 3, 5]
+    assert timer.roofs == [1.2, 1.0, 0.6]
+    assert timer.n_calls == 6
+
+    timer.end = 0  # so every call counts
+    assert [timer(lambda: next(calls)) for _ in range(3)] == [6, 7, 8]
+    assert timer.n_calls == 9
 
 
 def test_the_floor_of_products_is_the_longer_of_reading_and_computing():

@@ -28,6 +28,10 @@ aten = torch.ops.aten
 
 LEAST_ROUNDS = 3
 MOST_ROUNDS = 21
+# A call is made again if the roof beside it was lower than this part of the best one,
+LEAST_ROOF_OF_A_CALL = 0.8
+# unless the row has taken so many times as long as planned.
+MOST_PATIENCE = 3
 
 
 @dataclass
@@ -46,6 +50,8 @@ class Row:
     spread: list | None = None  # quartiles of the ratios of the rounds
     rounds: int | None = None
     # Of times, what else the machine did in the same rounds:
+    repeated: int | None = None  # calls that were made again, because the machine was slow
+    calls: int | None = None  # all of them, without the roof
     others_busy: float | None = None  # threads of other processes that wanted a core, on average
     peak_flops: float | None = None  # per second, of the roof
     # Of times for which the number of tokens or of operations is known:
@@ -118,38 +124,27 @@ class Bench:
         """How many processes of each side tell how much memory it takes."""
         return 1 if self.quick else 3
 
-    def time(self, ours, theirs, alone=None, floor=None, is_short=False):
+    def time(self, ours, theirs, alone=None, floor=None):
         """Time two functions, and return a Row.
 
-        The roof takes turns with them, and so do two more functions if they are given. `alone` runs
-        kernels of `ours` and nothing else, and `floor` does what `ours` cannot do without.
-
-        is_short: the calls take milliseconds or less, so it matters what they find in the caches.
-        The roof runs before each of them, and so they find nothing.
+        Two more functions take turns with them if they are given. `alone` runs kernels of `ours`
+        and nothing else, and `floor` does what `ours` cannot do without.
         """
         sides = {"ours": ours, "theirs": theirs}
         if alone is not None:
             sides["alone"] = alone
         if floor is not None:
             sides["floor"] = floor
-        sides["roof"] = self.roof
-        before_each = nothing
-        calls = list(sides.values())  # of a round
-        if is_short:
-            before_each = self.roof
-            calls += [self.roof] * len(sides)
-        others_busy = []
-        times = alternate(
-            sides,
-            self.plan_rounds(calls),
-            n_warm_ups=0,  # because planning has called each side
-            before_each=before_each,
-            after_each=lambda: others_busy.append(n_others_busy()),
-        )
+        n_rounds, seconds_to_take = self.plan_rounds(sides.values())
+        timer = Timer(self.roof, seconds_to_take)
+        # Planning has warmed up each side.
+        times = alternate(sides, n_rounds, n_warm_ups=0, seconds_of=timer)
         row = summarize(times["ours"], times["theirs"])
-        if None not in others_busy:
-            row.others_busy = statistics.mean(others_busy)
-        row.peak_flops = self.roof.flops / statistics.median(times["roof"])
+        row.calls = timer.n_calls
+        row.repeated = timer.n_calls - n_rounds * len(sides)
+        if None not in timer.others_busy:
+            row.others_busy = statistics.mean(timer.others_busy)
+        row.peak_flops = self.roof.flops / statistics.median(timer.roofs)
         if alone is not None:
             row.alone = min(times["alone"])
         if floor is not None:
@@ -172,13 +167,18 @@ class Bench:
         row.floor_of = "roof"
         return row
 
-    def plan_rounds(self, calls):
-        """Return how many rounds of these calls fit. Makes each call, which also warms it up."""
+    def plan_rounds(self, functions):
+        """Return how many rounds of these functions fit, and the seconds that they may take.
+
+        Calls each function, which also warms it up. The roof runs after each call.
+        """
         if self.quick:
-            return 1
-        seconds_of_a_round = sum(seconds(function) for function in calls)
+            return 1, 0
+        roof = seconds(self.roof)
+        seconds_of_a_round = sum(seconds(function) + roof for function in functions)
         n_that_fit = int(self.seconds / seconds_of_a_round)
-        return min(max(n_that_fit, LEAST_ROUNDS), MOST_ROUNDS)
+        n_rounds = min(max(n_that_fit, LEAST_ROUNDS), MOST_ROUNDS)
+        return n_rounds, MOST_PATIENCE * n_rounds * seconds_of_a_round
 
 
 # Time
@@ -200,17 +200,49 @@ def synchronize():
         torch.cuda.synchronize()
 
 
-def nothing():
-    """What is called before or after each side, if there is nothing to do."""
+class Timer:
+    """Times calls. The roof runs between any two of them, and says how fast the machine is there.
+
+    On a shared machine, other work slows each of two sides at other moments. So a call beside a
+    slow roof does not count, and is made again. After `seconds_to_take`, every call counts.
+
+    The roof also empties the caches, as the batch between two calls of a user would. A call of a
+    millisecond is slower if it finds nothing there.
+    """
+
+    def __init__(self, roof, seconds_to_take):
+        self.roof = roof
+        self.end = time.monotonic() + seconds_to_take
+        self.n_calls = 0
+        self.last_roof = roof.seconds()
+        # Of the calls that count:
+        self.roofs = []  # seconds of the roof after the call
+        self.others_busy = []  # threads of other processes that wanted a core then
+
+    def __call__(self, function):
+        """Return the seconds of a call that counts."""
+        while True:
+            n_seconds = seconds(function)
+            others_busy = n_others_busy()
+            before, self.last_roof = self.last_roof, self.roof.seconds()
+            self.n_calls += 1
+            slowest = max(before, self.last_roof)
+            if slowest <= self.roof.least_seconds / LEAST_ROOF_OF_A_CALL or self.is_late():
+                self.roofs.append(self.last_roof)
+                self.others_busy.append(others_busy)
+                return n_seconds
+
+    def is_late(self):
+        return time.monotonic() >= self.end
 
 
-def alternate(sides, n_rounds, n_warm_ups=2, before_each=nothing, after_each=nothing):
+def alternate(sides, n_rounds, n_warm_ups=2, seconds_of=seconds):
     """Return the seconds of each round of each side. sides: name to function.
 
     Each round begins with the next side, so that none always goes first. The order is not reversed,
     because then a side would follow itself, and find its data in the caches.
 
-    before_each, after_each: called before and after each call of a side, and not timed.
+    seconds_of: function that calls a side, and returns how long it took.
     """
     for _ in range(n_warm_ups):
         for function in sides.values():
@@ -222,9 +254,7 @@ def alternate(sides, n_rounds, n_warm_ups=2, before_each=nothing, after_each=not
     try:
         for _ in range(n_rounds):
             for name in order:
-                before_each()
-                times[name].append(seconds(sides[name]))
-                after_each()
+                times[name].append(seconds_of(sides[name]))
             order.append(order.pop(0))
     finally:
         gc.enable()
@@ -266,9 +296,16 @@ class Roof:
         self.a = torch.randn(n, n, device=device).to(dtype)
         self.b = torch.randn(n, n, device=device).to(dtype)
         self.flops = 2 * n**3
+        self.least_seconds = math.inf  # of the fastest call so far
 
     def __call__(self):
         self.a @ self.b
+
+    def seconds(self):
+        """Return how long one call takes."""
+        n_seconds = seconds(self)
+        self.least_seconds = min(self.least_seconds, n_seconds)
+        return n_seconds
 
 
 # How the names of the kernels of attention begin: PyTorch's fused attention and its backward pass,

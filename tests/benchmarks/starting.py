@@ -105,7 +105,7 @@ def adapters(bench, pair):
         theirs.delete_adapter("other")
 
     file = pair.adapter / "adapter_model.safetensors"
-    row = bench.time(load_ours, load_theirs, floor=lambda: load_file(file), is_short=True)
+    row = bench.time(load_ours, load_theirs, floor=lambda: load_file(file))
     row.floor_of = "reading the tensors"
     yield "load an adapter from disk", row
 
@@ -128,7 +128,6 @@ def adapters(bench, pair):
         switch_ours,
         switch_theirs,
         floor=lambda: torch.tensor([1], device=pair.device),
-        is_short=True,
     )
     row.floor_of = "making a tensor"
     yield "switch to another adapter", row

@@ -142,6 +142,7 @@ def heading(records, letters=ascii_uppercase):
     for name, describe in DESCRIPTIONS.items():
         lines.append(line_of([name, *[describe(record.about) for record in records]]))
     lines.append(line_of(["best roof", *[roof_of(record) for record in records]]))
+    lines.append(line_of(["calls made again", *[repeated_of(record) for record in records]]))
     return "\n".join(lines)
 
 
@@ -178,6 +179,14 @@ def roof_of(record):
     if record.best_roof is None:
         return ""
     return f"{record.best_roof / 1e12:.2f} TFLOP/s, {record.about['dtype']}"
+
+
+def repeated_of(record):
+    """Say how many calls were made again, because the machine was slow beside them."""
+    rows = [row for row in record.rows.values() if row.calls is not None]
+    if not rows:
+        return "none"
+    return f"{sum(row.repeated for row in rows):,} of {sum(row.calls for row in rows):,}"
 
 
 DESCRIPTIONS = {  # name of the line: function of what a Record is about
