@@ -61,7 +61,15 @@ class Fork:
     def poll(self):
         if self.returncode is None:
             self.returncode = ask("poll", self.pid)
+            if self.returncode is not None:
+                self.fill_files()
         return self.returncode
+
+    def fill_files(self):
+        """Write what was printed into the files that were given for it."""
+        for stream, file in zip(self.streams, self.files, strict=True):
+            if hasattr(stream, "write"):
+                stream.write(file.read_text())
 
     def wait(self, timeout=60):
         end = time.monotonic() + timeout

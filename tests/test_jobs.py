@@ -3,6 +3,7 @@
 Nothing here depends on how long something takes.
 """
 
+import itertools
 import json
 
 import pytest
@@ -15,7 +16,7 @@ from tests.benchmarks import __main__ as benchmarks
 from tests.benchmarks.jobs import answering, labelling
 from tests.benchmarks.jobs.command import JOBS, MODELS, main
 from tests.benchmarks.jobs.inputs import Inputs, Setting
-from tests.benchmarks.jobs.processes import Runner, as_words
+from tests.benchmarks.jobs.processes import Runner, as_words, run_in_turns
 from tests.benchmarks.jobs.products import count_weights
 from tests.benchmarks.jobs.training import apart, check_accuracy
 from tests.benchmarks.measure import count_flops
@@ -61,6 +62,55 @@ def test_the_word_jobs_leads_to_the_jobs(capsys):
     with pytest.raises(SystemExit, match=r"\A0\Z"):
         benchmarks.main(["jobs", "--help"])
     assert "python -m tests.benchmarks jobs" in capsys.readouterr().out
+
+
+# Turns
+
+
+def test_the_sides_take_turns_until_both_have_ended(tmp_path):
+    """Each writes its name every 10 ms. While one writes, the other is stopped."""
+    file = tmp_path / "names"
+    program = WRITE_NAME.format(file=str(file))
+    runners = {name: Runner(Setting(threads=1), tmp_path) for name in ("a", "b")}
+    sides = {name: lambda runner, name=name: runner("-c", program, name) for name in runners}
+    times = run_in_turns(sides, runners, seconds_of_a_turn=0.25)
+    names = file.read_text()
+    assert names.count("a") == names.count("b") == 100
+    assert times.keys() == runners.keys()
+    n_turns = len(list(itertools.groupby(names)))
+    assert n_turns > 4  # one after the other, there would be two
+    assert all(runner.cpu_seconds > 0 for runner in runners.values())
+
+
+def test_one_side_after_the_other_has_one_turn_each(tmp_path):
+    file = tmp_path / "names"
+    program = WRITE_NAME.format(file=str(file))
+    runners = {name: Runner(Setting(threads=1), tmp_path) for name in ("a", "b")}
+    sides = {name: lambda runner, name=name: runner("-c", program, name) for name in runners}
+    run_in_turns(sides, runners, seconds_of_a_turn=None)
+    assert file.read_text() == "a" * 100 + "b" * 100
+
+
+WRITE_NAME = """
+import sys, time
+for _ in range(100):
+    with open({file!r}, "a") as file:
+        file.write(sys.argv[1])
+    time.sleep(0.01)
+"""
+
+
+def test_a_side_that_fails_ends_the_other(tmp_path):
+    runners = {name: Runner(Setting(threads=1), tmp_path) for name in ("a", "b")}
+
+    def fail(runner):
+        runner("-c", "raise SystemExit('a mistake')")
+
+    def sleep(runner):
+        runner("-c", "import time; time.sleep(1000)")
+
+    with pytest.raises(RuntimeError, match="a mistake"):
+        run_in_turns({"a": sleep, "b": fail}, runners, seconds_of_a_turn=0.1)
 
 
 # What must not pass for the same result

@@ -17,7 +17,7 @@ MAX_BATCH = 64  # prompts
 LEAST_EQUAL = 0.9
 
 
-def answer(inputs, runner):
+def answer(inputs):
     """Return the job: mixed batches beside `set_adapter` and batches of one adapter."""
     setting = inputs.setting
     n_adapters = 4 if setting.quick else N_ADAPTERS
@@ -34,10 +34,10 @@ def answer(inputs, runner):
     our_file = inputs.folder / "our-answers.json"
     their_file = inputs.folder / "their-answers.json"
 
-    def ours():
+    def ours(runner):
         runner(SIDES / "our_answers.py", *as_words({**flags, "out": our_file}))
 
-    def theirs():
+    def theirs(runner):
         runner.script("their_answers.py", out=their_file, **flags)
 
     def agreement():
@@ -52,7 +52,7 @@ def answer(inputs, runner):
 
     title = f"{n_prompts} prompts, one each {INTERVAL * 1e3:.0f} ms, {n_adapters} adapters"
     flops = flops_of_answers(inputs, prompts, flags["max_new_tokens"])
-    return Job(title, 4, ours, theirs, agreement, flops, notes)
+    return Job(title, 4, ours, theirs, agreement, flops, notes, may_stop=False)
 
 
 def flops_of_answers(inputs, prompts, n_new):

@@ -60,6 +60,14 @@ def make_parser():
     )
     parser.add_argument("--rounds", type=int, default=1, help="of each job (default: 1)")
     parser.add_argument(
+        "--turns",
+        type=float,
+        default=5.0,
+        metavar="SECONDS",
+        help="how long a side runs while the other is stopped (default: %(default)s); job d, which "
+        "reads the clock, runs one side after the other",
+    )
+    parser.add_argument(
         "--scale", type=float, default=1.0, help="divides steps, examples and rows (default: 1)"
     )
     parser.add_argument("--threads", type=int, default=2, help="of both sides (default: 2)")
@@ -88,6 +96,7 @@ def main(argv=None):
         args.dtype,
         args.group_by_length,
         args.encode_once,
+        args.turns,
     )
     settings = ", ".join(f"{name} {value}" for name, value in asdict(setting).items())
     print(f"{settings}, {versions()}", HEAD, sep="\n", flush=True)
@@ -104,15 +113,16 @@ def main(argv=None):
 def run_jobs(name, folder, setting, letters):
     """Run and print the jobs of a model. Return a dict from their titles to what they took."""
     inputs = Inputs(name, folder, setting)
-    runner = Runner(setting, folder / "cache")
+    cache = folder / "cache"
+    runner = Runner(setting, cache)
     roof = roof_flops(setting)
     n_times = 1 if setting.quick else 3
     start = seconds_of_start(inputs, runner, n_times)
     outcomes = {}
     bounds = []
     for letter in letters:
-        job = JOBS[letter](inputs, runner)
-        outcome = run_job(job, setting.rounds)
+        job = JOBS[letter](inputs)
+        outcome = run_job(job, setting, cache)
         title = f"{name}, ({letter}) {job.title}"
         outcomes[title] = asdict(outcome)
         print(table_row(title, outcome), flush=True)

@@ -40,6 +40,7 @@ class Setting:
     dtype: str = "float32"
     group_by_length: bool = False  # of their Trainer
     encode_once: bool = False  # of their T5, when it labels rows
+    turns: float = 5.0  # seconds that a side runs while the other is stopped
 
     def divided(self, number, least=1):
         return max(least, round(number / self.scale))

@@ -18,7 +18,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 NEAR = 10
 
 
-def label(inputs, runner):
+def label(inputs):
     """Return the job: `minia3 predict` beside a loop over `set_adapter`."""
     setting = inputs.setting
     n_adapters = 4 if setting.quick else N_ADAPTERS
@@ -28,13 +28,13 @@ def label(inputs, runner):
     our_file = inputs.folder / "our-labels.jsonl"
     their_file = inputs.folder / "their-labels.jsonl"
 
-    def ours():
+    def ours(runner):
         our_file.unlink(missing_ok=True)  # otherwise it would count as done
         words = ["-m", "minia3", "predict", inputs.model, rows, "--adapter", adapters]
         words += ["--out", our_file, "--batch-size", BATCH_SIZE, "--device", "cpu"]
         runner(*words)
 
-    def theirs():
+    def theirs(runner):
         runner.script(
             "their_labels.py",
             model=inputs.model,

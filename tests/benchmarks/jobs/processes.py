@@ -1,13 +1,20 @@
-"""Run both sides of a job as processes, in alternation, and time them from start to end."""
+"""Run both sides of a job as processes, in turns, and time them from start to end.
+
+On a shared machine, the second ten minutes may be slower than the first. So the sides do not run
+one after the other: one is stopped while the other runs, and they change every few seconds.
+"""
 
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,14 +34,17 @@ class Job:
 
     title: str
     goal: float  # the least that theirs / ours should be
-    ours: Callable[[], None]  # runs our processes, and waits for them
-    theirs: Callable[[], None]
+    # Run the processes of a side with a Runner, and wait for them.
+    ours: Callable[["Runner"], None]
+    theirs: Callable[["Runner"], None]
     # Say in a few words what agrees. Raise AssertionError if the results do not.
     agreement: Callable[[], str]
     # The FLOPs of our matrix products.
     flops: float
     # What else a reader should know, such as latencies. Called after the last round.
     notes: Callable[[], str] = str
+    # Whether a process may be stopped for a while. One that reads a clock may not.
+    may_stop: bool = True
 
 
 @dataclass
@@ -54,10 +64,20 @@ class Outcome:
 
 
 class Runner:
-    """Starts processes that see the same threads, the same caches and no network."""
+    """Starts processes that see the same threads, the same caches and no network.
+
+    It runs one process at a time, which can be stopped, and let go on.
+    """
+
+    # Of all runners. Only who holds it starts a process, stops it, or sees that it has ended.
+    lock = threading.Lock()
 
     def __init__(self, setting, cache):
         self.before_words = []  # of the command line: see `seconds_of_kernels`
+        self.process = None
+        self.is_stopped = False
+        self.has_ended = False
+        self.cpu_seconds = 0.0  # of all cores, of the processes that have ended
         self.environment = os.environ | {
             "OMP_NUM_THREADS": str(setting.threads),
             "RAYON_NUM_THREADS": str(setting.threads),  # of tokenizers
@@ -69,11 +89,51 @@ class Runner:
         }
 
     def __call__(self, *words):
-        """Run Python with the words, and wait. Raise RuntimeError if the process fails."""
+        """Run Python with the words, and wait. Raise RuntimeError if that fails, or after `end`."""
         command = [sys.executable, *map(str, [*self.before_words, *words])]
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}: {done.stderr[-3000:]}")
+        with tempfile.TemporaryFile("w+") as printed:
+            with self.lock:
+                if self.has_ended:
+                    raise RuntimeError("the other side has failed")
+                self.process = subprocess.Popen(
+                    command, env=self.environment, stdout=printed, stderr=printed, text=True
+                )
+                if self.is_stopped:
+                    self.process.send_signal(signal.SIGSTOP)
+            while (returncode := self.poll()) is None:
+                time.sleep(0.01)
+            if returncode:
+                printed.seek(0)
+                raise RuntimeError(f"{' '.join(command)}: {printed.read()[-3000:]}")
+
+    def poll(self):
+        """Return how the process has ended, and count what it computed; None if it goes on."""
+        with self.lock:
+            before = cpu_of_children()
+            returncode = self.process.poll()
+            self.cpu_seconds += cpu_of_children() - before
+            if returncode is not None:
+                self.process = None
+        return returncode
+
+    def stop(self):
+        """Let the process stop, and those that are started later."""
+        self.is_stopped = True
+        self.send(signal.SIGSTOP)
+
+    def go_on(self):
+        self.is_stopped = False
+        self.send(signal.SIGCONT)
+
+    def end(self):
+        """Kill the process if there is one, and start no more."""
+        self.has_ended = True
+        self.send(signal.SIGKILL)
+
+    def send(self, number):
+        with self.lock:
+            if self.process is not None:
+                self.process.send_signal(number)
 
     def script(self, name, **flags):
         """Run a script of their side."""
@@ -84,7 +144,7 @@ class Runner:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "seconds"
             self.before_words = ["-m", "tests.benchmarks.jobs.timed", file]
-            job.ours()
+            job.ours(self)
             self.before_words = []
             return float(file.read_text())
 
@@ -101,18 +161,18 @@ def as_words(flags):
     return words
 
 
-def run_job(job, n_rounds):
-    """Return the Outcome of a job. The sides take turns, and who begins changes each round."""
+def run_job(job, setting, cache):
+    """Return the Outcome of a job. Who begins changes each round."""
     times = {"ours": [], "theirs": []}
     cpu_times = {"ours": [], "theirs": []}
     order = ["ours", "theirs"]
-    for _ in range(n_rounds):
-        for side in order:
-            begin = time.perf_counter()
-            begin_cpu = cpu_of_children()
-            getattr(job, side)()
-            times[side].append(time.perf_counter() - begin)
-            cpu_times[side].append(cpu_of_children() - begin_cpu)
+    for _ in range(setting.rounds):
+        runners = {side: Runner(setting, cache) for side in order}
+        sides = {side: getattr(job, side) for side in order}
+        seconds_of_a_turn = setting.turns if job.may_stop else None
+        for side, n_seconds in run_in_turns(sides, runners, seconds_of_a_turn).items():
+            times[side].append(n_seconds)
+            cpu_times[side].append(runners[side].cpu_seconds)
         order.reverse()
     ratios = [theirs / ours for ours, theirs in zip(times["ours"], times["theirs"], strict=True)]
     return Outcome(
@@ -127,6 +187,33 @@ def run_job(job, n_rounds):
         agreed=job.agreement(),
         notes=job.notes(),
     )
+
+
+def run_in_turns(sides, runners, seconds_of_a_turn):
+    """Return the seconds that each side ran, without those in which it was stopped.
+
+    sides: name to function of a Runner. seconds_of_a_turn: None lets each side run to its end.
+    """
+    times = dict.fromkeys(sides, 0.0)
+    with ThreadPoolExecutor(len(sides)) as pool:
+        try:
+            for runner in runners.values():
+                runner.stop()
+            running = {side: pool.submit(run, runners[side]) for side, run in sides.items()}
+            while running:
+                for side, outcome in list(running.items()):
+                    begin = time.perf_counter()
+                    runners[side].go_on()
+                    wait([outcome], seconds_of_a_turn)
+                    runners[side].stop()
+                    times[side] += time.perf_counter() - begin
+                    if outcome.done():
+                        outcome.result()  # raises what the side has raised
+                        del running[side]
+        finally:
+            for runner in runners.values():
+                runner.end()
+    return times
 
 
 def cpu_of_children():

@@ -24,30 +24,29 @@ RATES = (1e-3, 3e-3, 1e-2)
 MOST_APART = 0.05
 
 
-def train(inputs, runner):
+def train(inputs):
     """Return the job that trains one adapter."""
-    job = Training(inputs, runner, seeds=(0,), rates=(3e-3,))
+    job = Training(inputs, seeds=(0,), rates=(3e-3,))
     return job.as_job("train.py on RTE", goal=2)
 
 
-def grid(inputs, runner):
+def grid(inputs):
     """Return the job that trains an adapter for each seed and learning rate."""
     seeds = SEEDS
     rates = RATES
     if inputs.setting.quick:
         seeds = SEEDS[:2]
         rates = RATES[1:2]
-    job = Training(inputs, runner, seeds, rates)
+    job = Training(inputs, seeds, rates)
     return job.as_job(f"a table of {len(job.cells)} adapters", goal=8)
 
 
 class Training:
     """One run of train.py beside a run of their script for each seed and learning rate."""
 
-    def __init__(self, inputs, runner, seeds, rates):
+    def __init__(self, inputs, seeds, rates):
         setting = inputs.setting
         self.inputs = inputs
-        self.runner = runner
         self.n_steps = 6 if setting.quick else setting.divided(STEPS)
         n_test = N_QUICK if setting.quick else setting.divided(N_RTE)
         self.cells = [(seed, rate) for seed in seeds for rate in rates]
@@ -60,17 +59,17 @@ class Training:
         title = f"{title}: {self.n_steps} steps, {n_test} rows to evaluate on, twice"
         return Job(title, goal, self.ours, self.theirs, self.agreement, self.flops())
 
-    def ours(self):
+    def ours(self, runner):
         flags = dict(self.flags, out=str(self.our_folder))
         for name in ("seed", "lr"):
             flags[name] = ",".join(map(str, flags[name]))
         shutil.rmtree(self.our_folder, ignore_errors=True)
-        self.runner(ROOT / "train.py", *as_words(flags))
+        runner(ROOT / "train.py", *as_words(flags))
 
-    def theirs(self):
+    def theirs(self, runner):
         sampling = "group_by_length" if self.inputs.setting.group_by_length else "sequential"
         for seed, rate in self.cells:
-            self.runner.script(
+            runner.script(
                 "their_training.py",
                 model=self.inputs.model,
                 train=self.rows / f"train-{seed}.jsonl",
