@@ -230,6 +230,17 @@ def ordered_sets(
     return COLUMN_SETS
 
 
+def has_verdicts(found: ColumnSet, columns: Columns) -> bool:
+    """Return whether there are texts to write, and a column that says of some that they are bad.
+
+    Files for KTO are so: prompt, completion, and a label that is true or false.
+    """
+    if not found.target or "label" not in columns:
+        return False
+    verdicts = {str(value).lower() for value in columns.values("label") if value is not None}
+    return "false" in verdicts and verdicts <= {"true", "false"}
+
+
 def find_conversation(columns: Columns) -> ColumnSet | None:
     """Return the set of the only column with conversations, whatever its name is.
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
 
-from minia3.tasks.column_advice import explain
+from minia3.tasks.column_advice import explain, explain_verdicts
 from minia3.tasks.column_flags import (
     ColumnFlags,
     choice_words,
@@ -21,7 +21,14 @@ from minia3.tasks.column_flags import (
     with_input,
     with_target,
 )
-from minia3.tasks.columns import ColumnNames, Columns, ColumnSet, find_conversation, find_set
+from minia3.tasks.columns import (
+    ColumnNames,
+    Columns,
+    ColumnSet,
+    find_conversation,
+    find_set,
+    has_verdicts,
+)
 from minia3.tasks.format_strings import field_names, roots_of
 from minia3.tasks.labels import MANY_LABELS, Labels, name_labels, order_like_choices, words_of
 from minia3.tasks.names import list_names
@@ -153,6 +160,8 @@ def with_usual_columns(roles: ColumnRoles, columns: Columns) -> ColumnRoles:
         found = find_conversation(columns)
     if found is None:
         raise ValueError(explain(columns, needs_answer, used))
+    if needs_answer and has_verdicts(found, columns):
+        raise ValueError(explain_verdicts(columns, found))
     if found.is_conversation:
         return ColumnRoles(OWN_PROMPTS, messages=found.names[0])
     if needs_input:

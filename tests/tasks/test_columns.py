@@ -779,6 +779,28 @@ def test_what_is_advised_for_pairs_of_answers_works(tmp_path):
     assert task.train[0]["messages"][1:] == TURN
 
 
+@pytest.mark.parametrize(("good", "bad"), [(True, False), ("True", "False")])
+def test_texts_that_are_labelled_as_bad_are_not_learned_unnoticed(good, bad, tmp_path):
+    """They were learned as if they were wanted, as the label was ignored."""
+    rows = [
+        {"prompt": "a", "completion": "b", "Label": good},
+        {"prompt": "a", "completion": "c", "Label": bad},
+    ]
+    message = (
+        r"rows\.jsonl has texts to write, and the column 'Label' says false of some of them: leave "
+        r'those rows out, or learn all texts with --target "\{completion\}"\Z'
+    )
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, *rows)
+    assert rendered(load(tmp_path, rows[0])) == [("a", ["b"], 0)]
+    assert rendered(load(tmp_path, *rows, target="{completion}")) == [
+        ("a", ["b"], 0),
+        ("a", ["c"], 0),
+    ]
+    rows[0]["Label"] = "a name"  # so the column says nothing about the texts
+    assert load(tmp_path, *rows).columns.endswith("writes completion; ignores Label")
+
+
 @pytest.mark.parametrize(
     ("flags", "advice"),
     [
