@@ -84,11 +84,13 @@ def train(run, group, config):
                     for micro_batch in batch.split(group.micro_batch_size):
                         logp_BCL = choice_logprobs(model, micro_batch.inputs, micro_batch.row_B)
                         loss_A = micro_batch.losses(logp_BCL)  # per cell, from its examples here
-                        loss_A.sum().backward()
+                        loss_A.sum().backward(group.loss_scale)
                         log.add_losses(loss_A)
                     run.sum_over_processes(group)  # if torchrun has started several
 
-                # Clip each cell's gradient by its own norm, and update each cell at its own rate.
+                # Undo the loss scale, which only float16 has. Clip each cell's gradient by its own
+                # norm, and update each cell at its own rate.
+                group.unscale_gradients()
                 group.optimizer.clip(config.clip)
                 group.update({cell: learning_rate(log.step, cell.config) for cell in batch.cells})
                 model.zero_grad()

@@ -7,7 +7,7 @@ metrics.jsonl? Most of the other modules
 
     read the flags                    command_line, config, flags, rules
     set up what the flags ask for     grid, assignment, drawing, methods, device, shards, prepare
-    hold the equations                losses, optimizer
+    hold the equations                losses, loss_scale, optimizer
     plan the memory                   memory_plan, memory_fit, step_memory, evaluation_memory
     add up over processes             replicas
     keep and continue a run           run_folder, metrics_file, checkpoint, extension, signals

@@ -27,6 +27,7 @@ from minia3.training.device import limit_threads
 from minia3.training.drawing import draw_batches
 from minia3.training.learned import learned_tasks
 from minia3.training.log import TrainingLog
+from minia3.training.loss_scale import choose_loss_scale, unscale
 from minia3.training.methods import trainable_parameters
 from minia3.training.optimizer import make_optimizer
 from minia3.training.prepare import prepare_model
@@ -94,6 +95,7 @@ class Group:
         self.n_trained = 0  # parameters of one cell
         self.parameters = {}  # what a checkpoint holds
         self.optimizer = None
+        self.loss_scale = choose_loss_scale(dtype, device)
         self.micro_batch_size = None  # examples of a forward pass: see `draw_batches`
         if config.is_training:
             self.optimizer = make_optimizer(trained.values(), first_config)
@@ -140,6 +142,11 @@ class Group:
         self.optimizer.step({cell.row: rate for cell, rate in rates.items()})
         for cell in rates:
             cell.progress.n_steps += 1
+
+    def unscale_gradients(self):
+        """Undo what `loss_scale` has done to the gradients of this step."""
+        if self.loss_scale is not None:
+            unscale(self.parameters.values())
 
     def sum_over_processes(self, signal):
         """Add up the gradients and the losses of this step over all processes.

@@ -9,6 +9,8 @@ from running import fails, model, run, train, words
 from written_out import adapter
 
 from minia3.training import device as training_device
+from minia3.training import loss_scale
+from minia3.training.batch import MicroBatch
 from minia3.training.checkpoint import random_state, set_random_state
 from minia3.training.device import (
     available_devices,
@@ -17,6 +19,7 @@ from minia3.training.device import (
     peak_memory,
     use_deterministic_kernels,
 )
+from minia3.training.optimizer import RowOptimizer
 from minia3.training.process_state import unchanged_process
 
 
@@ -256,6 +259,33 @@ def test_a_llama_trains_in_float16(tmp_path):
         assert (vector - 1).abs().max() > 1e-3  # it has trained
         # A step is at most 3e-3 in each direction, and most steps go the same way.
         assert ((half[name] - vector).abs().mean() < 0.5 * (vector - 1).abs().mean()).item()
+
+
+def test_small_gradients_are_not_lost_in_float16(tmp_path, monkeypatch):
+    """As in a model that fits its data, where the gradients of most activations are below 1e-7."""
+    plain_losses = MicroBatch.losses
+    monkeypatch.setattr(MicroBatch, "losses", lambda *args: plain_losses(*args) * 1e-5)
+    gradients = {}
+
+    def gradients_of_first_step(name, dtype):
+        def keep_gradients(optimizer, _):
+            found = [table.grad.flatten() for table in optimizer.tables]
+            gradients.setdefault(name, torch.cat(found))
+
+        monkeypatch.setattr(RowOptimizer, "clip", keep_gradients)
+        flags = {"model": model("llama"), "steps": 1, "dtype": dtype}
+        assert run(words(tmp_path / name, **flags)) == 0
+        return gradients[name]
+
+    expected = gradients_of_first_step("float32", "float32")
+
+    def error(name):
+        difference = gradients_of_first_step(name, "float16") - expected
+        return (difference.norm() / expected.norm()).item()
+
+    assert error("scaled") < 0.02
+    monkeypatch.setattr(loss_scale, "LOSS_SCALE", 1.0)
+    assert error("plain") > 0.2
 
 
 def test_float16_is_refused_with_the_reason(tmp_path, capsys):
