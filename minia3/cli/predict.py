@@ -64,8 +64,8 @@ def add_arguments(parser):
     parser.add_argument(
         "--out",
         type=expand_home,
-        help="file of results, .jsonl or .csv (default: print them); an incomplete file "
-        "is continued",
+        help="file of results, .jsonl or .csv (default or -: print them); an incomplete "
+        "file is continued",
     )
     parser.add_argument(
         "--columns",
@@ -106,6 +106,8 @@ def run(args):
 
     if args.file == "-":
         args.file = "/dev/stdin"
+    if args.out == "-":
+        args.out = None
     check_out(args)
     check_pipe(args.file)
     if args.columns:

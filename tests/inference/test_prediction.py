@@ -753,9 +753,12 @@ def test_a_pipe_is_read_once_also_if_a_bar_shows_the_progress(tmp_path, capsys, 
         assert out.read_bytes() == whole.read_bytes()
 
 
-def test_a_dash_is_standard_input(tmp_path, capsys):
+def test_a_dash_is_standard_input_or_output(tmp_path, capsys, monkeypatch):
     file = write(tmp_path / "rows.jsonl", running.rows(3))
     expected = predicted(capsys, running.model("t5"), file)
+    monkeypatch.chdir(tmp_path)
+    assert predicted(capsys, running.model("t5"), file, "--out", "-") == expected
+    assert not Path("-").exists()
     standard_input = os.dup(0)
     try:
         with file.open() as rows:
