@@ -43,6 +43,29 @@ def test_a_loop_of_your_own_over_public_functions_is_train_py(kind, tmp_path):
     assert result["accuracy"] == final["accuracy"]
 
 
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_with_an_adapter_per_example_the_gradients_are_those_of_each_example(kind):
+    tokenizer = minia3.load_tokenizer(model(kind))
+    rows = minia3.load_task(task((2, 3, 1)))
+
+    def gradients(adapter):
+        ours = minia3.load_model(model(kind), n_adapters=4, dtype=torch.float64).double()
+        minia3.freeze(ours)
+        batch = next(minia3.batches(ours, tokenizer, rows, batch_size=4, steps=1))
+        logp_BCL = minia3.choice_logprobs(ours, batch, adapter=torch.tensor(adapter))
+        minia3.total_loss(logp_BCL, batch.target_mask_BCL, batch.label_B).backward()
+        tables = minia3.vectors(ours).values()
+        return torch.cat([table.grad for table in tables], dim=1)
+
+    of_examples = gradients([0, 1, 2, 3])
+    torch.testing.assert_close(of_examples.sum(0), gradients([0, 0, 0, 0])[0])
+    for row in range(4):
+        example_apart = [0] * 4
+        example_apart[row] = 1
+        torch.testing.assert_close(of_examples[row], gradients(example_apart)[1])
+        assert of_examples[row].abs().max() > 0
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
