@@ -21,6 +21,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from minia3.cli.arguments import positive
 from tests.benchmarks.jobs.answering import answer
 from tests.benchmarks.jobs.inputs import Inputs, Setting
 from tests.benchmarks.jobs.labelling import label
@@ -61,7 +62,7 @@ def make_parser():
     parser.add_argument("--rounds", type=int, default=1, help="of each job (default: 1)")
     parser.add_argument(
         "--turns",
-        type=float,
+        type=positive(float),
         default=5.0,
         metavar="SECONDS",
         help="how long a side runs while the other is stopped (default: %(default)s); job d, which "
