@@ -11,6 +11,7 @@ Shapes: B batch (of rows that are still being written), M source length, R rows 
 batch, V vocabulary.
 """
 
+import math
 import operator
 import secrets
 import warnings
@@ -28,7 +29,7 @@ from minia3.model.adapter_rows import find_rows
 from minia3.model.sequence_state import adapter_numbers
 from minia3.model.shard import is_sharded
 from minia3.model.single_row import fast_products
-from minia3.model.static_state import StaticState
+from minia3.model.static_state import Room, StaticState
 from minia3.model.to_device import cpu_as_default, to_device
 from minia3.tasks.batches import pad
 
@@ -78,8 +79,8 @@ def generate(  # noqa: PLR0913 (the contract)
     has more rows if a single prompt has more samples or beams.
 
     compile: compile a step of the whole model, for a GPU (see `decode_compiled`). This takes a
-    minute for each new shape of a batch (rows, columns, and the sources of a T5), and writes the
-    same tokens.
+    minute for each new shape of a batch (its rows, and its tokens, rounded up), and writes the same
+    tokens. The memory of the largest batch stays with the model for the next ones.
 
     Raise ValueError if an option is out of its range, if `prompts` is a single text, a set, a dict
     or a table, if a prompt has no tokens or an id that the model does not know, if the model's
@@ -391,27 +392,30 @@ def decode_tokens(model, state, max_new_tokens, ended, sampler=None, end_ids=Non
 def decode_compiled(model, state, max_new_tokens, ended, sampler=None, end_ids=None):
     """Yield what `decode_tokens` yields, from a compiled step with static shapes (static_state.py).
 
-    Rows that have ended stay in the batch, because its shape must not change.
+    Rows that have ended stay in the batch, because its shape must not change. The next batch uses
+    the same memory (see `Room`).
     """
     end_ids = model.config.eos_ids if end_ids is None else end_ids
+    max_length = getattr(model.config, "max_length", math.inf)  # beyond which a LLaMA warns
     rows = list(range(len(state.start)))
     numbers = state.adapter_numbers
     step = model.step
     tokens_B1 = state.start
-    for n_written in range(max_new_tokens):
-        if len(ended) == len(rows):
-            return
-        if n_written == 1:  # the first step was a plain one, and has made the caches
-            state = StaticState.make(state, max_new_tokens - 1)
-            step = compile_step(model, state)
+    with Room.of(model) as room:
+        for n_written in range(max_new_tokens):
+            if len(ended) == len(rows):
+                return
+            if n_written == 1:  # the first step was a plain one, and has made the caches
+                state = StaticState.make(state, max_new_tokens - 1, room, max_length)
+                step = compile_step(model, state)
 
-        logits_BV = step(tokens_B1, state)[:, -1].float()
-        find_rows(numbers, model)  # another thread may have removed an adapter meanwhile
-        tokens_B1 = choose_tokens(logits_BV, rows, sampler)
-        if n_written > 0:
-            state.advance()
-        pairs = read_tokens(tokens_B1, logits_BV, rows, ended)
-        yield from without_end_tokens(pairs, end_ids, ended)
+            logits_BV = step(tokens_B1, state)[:, -1].float()
+            find_rows(numbers, model)  # another thread may have removed an adapter meanwhile
+            tokens_B1 = choose_tokens(logits_BV, rows, sampler)
+            if n_written > 0:
+                state.advance()
+            pairs = read_tokens(tokens_B1, logits_BV, rows, ended)
+            yield from without_end_tokens(pairs, end_ids, ended)
 
 
 def compile_step(model, state, backend="inductor"):

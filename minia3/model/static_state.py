@@ -6,15 +6,68 @@ than computing it. Here the caches have their final length from the start, and a
 columns that are still empty. torch.compile(mode="reduce-overhead") records such a step once, as a
 CUDA graph, and the GPU replays it. (gpt-fast decodes in this way.)
 
+Batches share a compiled step if their shapes are equal, so numbers of columns are rounded up. They
+share its CUDA graph if their tensors have the same addresses, too, so a Room keeps the memory.
+
 Shapes: B batch, L query length (1), M memory length (columns), G key/value heads, K head width.
 """
 
+import math
+import weakref
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from minia3.model.sequence_state import Cache, State
+
+unused_rooms = weakref.WeakKeyDictionary()  # a model -> its Room, if no state is in it
+
+
+def rounded_up(n):
+    """Return a number of columns, `n` or more: 64, 128, 256, 512, 1024, 2048, 3072 and so on."""
+    unit = min(max(64, 1 << (n - 1).bit_length()), 1024)
+    return math.ceil(n / unit) * unit
+
+
+class Room:
+    """The memory of a model's StaticStates, for one after the other.
+
+    Each tensor of a state has its own piece of memory here, so those of the next state get the same
+    addresses, unless they need a larger piece.
+    """
+
+    def __init__(self):
+        self.pieces = {}
+
+    @classmethod
+    @contextmanager
+    def of(cls, model):
+        """Lend the Room of a model. A second stream that is read meanwhile gets another one."""
+        room = unused_rooms.pop(model, None) or cls()
+        try:
+            yield room
+        finally:
+            unused_rooms[model] = room
+
+    def place(self, name, x, n, axis=0, empty=0):
+        """Return a copy of x in a piece, with `n` entries along an axis, the rest `empty`."""
+        shape = (*x.shape[:axis], n, *x.shape[axis + 1 :])
+        size = math.prod(shape)
+        piece = self.pieces.get(name)
+        is_like_x = piece is not None and (piece.dtype, piece.device) == (x.dtype, x.device)
+        if not is_like_x or len(piece) < size:
+            piece = self.pieces[name] = x.new_empty(size)
+        # What the last state left may be NaN, which no mask hides.
+        placed = piece[:size].view(shape).fill_(empty)
+        placed.narrow(axis, 0, x.shape[axis]).copy_(x)
+        return placed
+
+    def place_kv(self, name, kv, n_columns):
+        """Return copies of keys and values with so many columns, or None if there are none."""
+        if kv is None:
+            return None
+        return tuple(self.place(f"{name} {i}", x, n_columns, axis=2) for i, x in enumerate(kv))
 
 
 @dataclass
@@ -42,27 +95,35 @@ class StaticState(State):
     column_1: torch.Tensor | None = None
 
     @classmethod
-    def make(cls, state, n_more):
-        """Return a state that continues `state` by at most `n_more` tokens.
+    def make(cls, state, n_more, room, max_length=math.inf):
+        """Return a state that continues `state` by at most `n_more` tokens, in a Room.
 
-        `state` must have read a token, so that its caches exist. It stays as it is.
+        `state` must have read a token, so that its caches exist. It stays as it is. max_length:
+        columns beyond which none are added that are not needed.
         """
         # Rows that share columns get their own copies of them.
         state = state.select(torch.arange(len(state.start)))
-        n_columns = state.length + n_more
-        column_1 = state.start.new_full((1,), state.length)
+        n_needed = state.length + n_more
+        n_columns = max(n_needed, min(rounded_up(n_needed), max_length))
+        column_1 = room.place("column", state.start.new_full((1,), state.length), 1)
+        memory_bias_B11M, n_source = place_memory_bias(state, room)
         caches = []
-        for cache in state.caches:
-            kv = tuple(F.pad(x, (0, 0, 0, n_columns - x.shape[2])) for x in cache.filled())
-            caches.append(StaticCache(kv, cache.cross_kv, n_columns, column_1=column_1))
-        mask_BM = torch.ones_like(state.token_M, dtype=torch.bool)[None]
-        if state.mask_BM is not None:
-            mask_BM = state.mask_BM
+        for i, cache in enumerate(state.caches):
+            kv = room.place_kv(f"target {i}", cache.filled(), n_columns)
+            cross_kv = room.place_kv(f"source {i}", cache.cross_kv, n_source)
+            caches.append(StaticCache(kv, cross_kv, n_columns, column_1=column_1))
+        token_M = room.place("token", state.token_M, n_columns)
+        token_M.copy_(torch.arange(n_columns, device=token_M.device))
+        is_real = state.mask_BM
+        if is_real is None:
+            is_real = token_M.new_ones(len(state.start), state.length, dtype=torch.bool)
         changed = {
             "caches": caches,
-            "token_M": torch.arange(n_columns, device=column_1.device),
+            "token_M": token_M,
             "length": n_columns,
-            "mask_BM": F.pad(mask_BM, (0, n_more), value=True),
+            "mask_BM": room.place("mask", is_real, n_columns, axis=1, empty=True),
+            "adapter_B": room.place("adapter", state.adapter_B, len(state.adapter_B)),
+            "memory_bias_B11M": memory_bias_B11M,
             "column_1": column_1,
             # `decode_compiled` checks them, because a step would be compiled again for others.
             "adapter_numbers": (),
@@ -97,3 +158,16 @@ class StaticState(State):
         for cache in self.caches:
             tensors += [*cache.kv, *(cache.cross_kv or ())]
         return tensors
+
+
+def place_memory_bias(state, room):
+    """Return the bias that hides what is no source, and its number of columns; None, 0 in LLaMA."""
+    cross_kv = state.caches[0].cross_kv
+    if cross_kv is None:
+        return None, 0
+    n_rows, _, n_source, _ = cross_kv[0].shape
+    bias_B11M = state.memory_bias_B11M
+    if bias_B11M is None:
+        bias_B11M = cross_kv[0].new_zeros(n_rows, 1, 1, n_source)
+    n_columns = rounded_up(n_source)
+    return room.place("source", bias_B11M, n_columns, axis=3, empty=-math.inf), n_columns

@@ -1,5 +1,8 @@
 """A step with static shapes writes the tokens of a plain step, and is compiled once."""
 
+import gc
+import warnings
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -10,6 +13,7 @@ from words import texts, word_tokenizer
 import minia3
 from minia3.inference import decoding
 from minia3.model.adapter_rows import give_up
+from minia3.model.static_state import Room, StaticState, rounded_up, unused_rooms
 
 NAMES = ("t5-v1.0", "t5-v1.1", "umt5", "llama-gqa", "mistral", "qwen3")
 OPTIONS = [
@@ -84,7 +88,7 @@ def test_the_state_that_it_starts_from_stays(model):
     with torch.no_grad():
         logits = model.step(state.start, state)
         token = logits.argmax(-1)
-        static = decoding.StaticState.make(state, 2)
+        static = StaticState.make(state, 2, Room())
         found = [model.step(token, static)]
         static.advance()
         found.append(model.step(token, static))
@@ -107,7 +111,7 @@ def test_no_tensor_of_a_state_is_copied_for_each_step(model):
     with torch.no_grad():
         state = model.start(source, source > 0)
         model.step(state.start, state)
-        state = decoding.StaticState.make(state, 2)
+        state = StaticState.make(state, 2, Room())
         decoding.compile_step(model, state, backend="eager")
     kinds = {getattr(x, "_dynamo_static_input_type", None) for x in tensors_of(state)}
     assert kinds == {"unguarded"}, "another batch would compile the step again"
@@ -120,7 +124,7 @@ def test_a_step_prepares_no_keys_and_values_of_the_source_again(loaded):
     with torch.no_grad():
         state = model.start(source, source > 0)
         model.step(state.start, state)
-        static = decoding.StaticState.make(state, 2)
+        static = StaticState.make(state, 2, Room())
         before = [cache.cross_kv for cache in static.caches]
         model.step(state.start, static)
     for cache, cross_kv in zip(static.caches, before, strict=True):
@@ -179,10 +183,136 @@ def test_all_steps_are_one_graph_without_a_break(name, loaded, tokenizer, monkey
     graphs = []
     monkeypatch.setattr(decoding, "compile_step", count_graphs(graphs))
     model = loaded(name, seed=0)
-    prompts = ["w3 w4 w5", "w6 w7"]
-    expected = minia3.generate(model, tokenizer, prompts, max_new_tokens=9)
-    for _ in range(2):  # the second time, it is compiled already
+    # The second batch has other lengths, and the third has no padding.
+    for prompts in (["w3 w4 w5", "w6 w7"], ["w8 w9", "w3 w4 w5 w6 w7"], ["w6 w7", "w3 w4"]):
+        expected = minia3.generate(model, tokenizer, prompts, max_new_tokens=9)
         found = minia3.generate(model, tokenizer, prompts, max_new_tokens=9, compile=True)
         assert found == expected
     assert len(graphs) == 1
     torch.compiler.reset()
+
+
+# What batches share
+
+
+@pytest.fixture
+def states(monkeypatch):
+    """Return a list to which each state of static shapes is added. Nothing is compiled."""
+    found = []
+
+    def keep(model, state):
+        found.append(state)
+        return model.step
+
+    monkeypatch.setattr(decoding, "compile_step", keep)
+    return found
+
+
+def addresses(states):
+    return [[x.data_ptr() for x in state.tensors_that_stay()] for state in states]
+
+
+def written_alike(model, tokenizer, prompts, **options):
+    """Return whether steps of static shapes write the texts of plain decoding."""
+    expected = minia3.generate(model, tokenizer, prompts, max_new_tokens=9, **options)
+    found = minia3.generate(model, tokenizer, prompts, max_new_tokens=9, compile=True, **options)
+    return found == expected
+
+
+def test_batches_share_their_shapes_and_addresses(model, tokenizer, states):
+    prompts = texts(8, seed=1) + ["w3 w4 w5"] * 4  # the last batch, or the second, has no padding
+    adapters = torch.arange(12) % 3
+    assert written_alike(model, tokenizer, prompts, batch_size=4, adapter=adapters)
+    assert written_alike(model, tokenizer, prompts[::-1], batch_size=4, adapter=adapters)
+    assert len(states) == 6
+    shapes = [[x.shape for x in state.tensors_that_stay()] for state in states]
+    assert shapes == shapes[:1] * 6
+    assert addresses(states) == addresses(states[:1]) * 6
+
+
+def test_addresses_change_only_if_more_memory_is_needed(model, tokenizer, states):
+    short, long = texts(4, seed=1), texts(4, seed=2, longest=90)
+    for prompts in (short, long, short, long, short[:2]):
+        assert written_alike(model, tokenizer, prompts)
+    first, *others = addresses(states)
+    assert others == others[:1] * 4
+    assert first != others[0]
+    assert [len(state.start) for state in states] == [4, 4, 4, 4, 2]
+
+
+def test_nothing_of_the_last_batch_is_read(model, tokenizer, states):
+    assert written_alike(model, tokenizer, texts(4, seed=2, longest=90))
+    for piece in unused_rooms[model].pieces.values():
+        piece.view(torch.uint8).fill_(0xFF)  # NaN, in each dtype of numbers
+    assert states[0].caches[0].kv[0].isnan().all()
+    assert written_alike(model, tokenizer, texts(4, seed=1))
+
+
+def test_streams_that_are_read_in_turns_do_not_share_memory(model, tokenizer, states, monkeypatch):
+    monkeypatch.setattr(model, "config", replace(model.config, eos_ids=()))
+    prompts = ("w3 w4 w5", "w8 w9")
+    expected = minia3.generate(model, tokenizer, prompts, max_new_tokens=9)
+    streams = []
+    for prompt in prompts:
+        streams.append(minia3.stream(model, tokenizer, prompt, max_new_tokens=9, compile=True))
+    found = ["", ""]
+    for _ in range(9):
+        for i, pieces in enumerate(streams):
+            found[i] += next(pieces, "")
+    assert found == expected
+    first, second = addresses(states)
+    assert not set(first) & set(second)
+
+
+def test_a_stream_that_is_left_gives_its_memory_back(model, tokenizer, states, monkeypatch):
+    monkeypatch.setattr(model, "config", replace(model.config, eos_ids=()))
+    for _ in range(2):
+        pieces = minia3.stream(model, tokenizer, "w3 w4 w5", max_new_tokens=9, compile=True)
+        next(pieces)
+        next(pieces)
+        assert model not in unused_rooms
+        pieces.close()
+        assert model in unused_rooms
+    assert addresses(states[:1]) == addresses(states[1:])
+
+
+@pytest.mark.parametrize("like", [{"device": "meta"}, {"dtype": torch.float64}])
+def test_a_model_that_is_moved_gets_other_memory(like):
+    room = Room()
+    x = torch.ones(2, 3)
+    before = room.place("x", x, 5, axis=1, empty=7)
+    assert before.tolist() == [[1, 1, 1, 7, 7]] * 2
+    moved = room.place("x", x.to(**like), 4, axis=1)
+    assert (moved.device, moved.dtype) == (x.to(**like).device, x.to(**like).dtype)
+    assert moved.shape == (2, 4)
+    assert before.tolist() == [[1, 1, 1, 7, 7]] * 2
+
+
+def test_the_memory_ends_with_its_model(loaded, tokenizer, states):
+    model = loaded("llama-gqa", seed=0)
+    assert written_alike(model, tokenizer, ["w3 w4 w5"])
+    ended = [weakref.ref(model), weakref.ref(unused_rooms[model])]
+    states.clear()
+    del model
+    gc.collect()
+    assert [ref() for ref in ended] == [None, None]
+
+
+def test_numbers_of_columns_are_rounded_up_to_few_numbers():
+    numbers = sorted({rounded_up(n) for n in range(1, 4097)})
+    assert numbers == [64, 128, 256, 512, 1024, 2048, 3072, 4096]
+    for n in (1, 64, 65, 512, 513, 1024, 1025, 2048, 2049):
+        assert n <= rounded_up(n) < max(65, 2 * n)
+
+
+@pytest.mark.parametrize(("max_length", "n_warned"), [(13, None), (12, 13), (100, None)])
+def test_columns_that_no_token_needs_are_no_reason_to_warn(
+    max_length, n_warned, loaded, tokenizer, states
+):
+    model = loaded("llama-gqa", seed=0)
+    model.config = replace(model.config, max_length=max_length)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        minia3.generate(model, tokenizer, ["w3 w4 w5"], max_new_tokens=10, compile=True)
+    numbers = [str(warning.message).split()[3] for warning in caught]
+    assert numbers == [str(n) for n in [n_warned] if n]

@@ -17,7 +17,7 @@ from minia3.model import packing
 from minia3.model.attend import LEAST_ROWS, attend
 from minia3.model.packing import LEAST_COLUMNS, Packing
 from minia3.model.sequence_state import Context, mask_to_bias
-from minia3.model.static_state import StaticState
+from minia3.model.static_state import Room, StaticState
 
 HEADS_AND_BIASES = [
     (4, 4, None),
@@ -308,7 +308,7 @@ def test_on_a_gpu_every_call_in_decoding_is_fused(name, dtype, loaded, fused_or_
             state = model.start(batch.source_BM.to("meta"), mask_BM).repeat(2)
             for _ in range(3):
                 model.step(state.start, state)
-            state = StaticState.make(state, 3)
+            state = StaticState.make(state, 3, Room())
             model.step(state.start, state)
     assert set(fused_or_not) == {True}
 
