@@ -14,7 +14,6 @@ target), R = S - 1 tokens of it that are read, D model, V vocabulary, T tokens t
 all examples, or all tokens of a batch.
 """
 
-import math
 import warnings
 from collections.abc import Iterable, Mapping, Set
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from minia3.files.processes import combine, share
 from minia3.files.progress import progress
 from minia3.files.read import one_line
 from minia3.model.llama import Llama
-from minia3.model.packing import NO_PACKING, Packing
+from minia3.model.packing import NO_PACKING, Packing, spread, true_places
 from minia3.model.sequence_state import as_numbers, check_mask
 from minia3.model.shard import compare_passes, is_sharded
 from minia3.model.target_logprobs import target_logprobs
@@ -98,16 +97,6 @@ def masked_logprobs(model, state, target, mask):
     place_T = true_places(mask, target.device)
     logp_T = target_logprobs(x_ND[place_T], model.head_weight, target_N[place_T])
     return spread(logp_T, place_T, mask.shape)
-
-
-def true_places(mask, device):
-    """Return (T,) long: where in its flat tensor a mask is True. The mask is on the CPU."""
-    return to_device(mask.flatten().nonzero()[:, 0], device)
-
-
-def spread(x_T, place_T, shape):
-    """Return a tensor of this shape that has x_T at the places of its flat tensor, and zeros."""
-    return x_T.new_zeros(math.prod(shape)).index_put((place_T,), x_T).view(shape)
 
 
 def choice_logprobs(model, batch, adapter=None):

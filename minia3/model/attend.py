@@ -36,16 +36,46 @@ def attend(q_BHLK, k_BGMK, v_BGMK, context, *, dropout=0.0, scale=1.0):
     H must be a multiple of G. context: its `bias_BHLM` is added to the scores, and must have the
     dtype of the queries, because on a CPU another dtype is silently misread. Its `is_causal` asks
     for PyTorch's causal mask, which is right only if L = M. If it has lengths, rows lie end to end
-    (packing.py): those of keys and values, and in self-attention also those of queries.
+    (packing.py): queries, keys and values (1, heads, T, K) in self-attention; only keys and values
+    in cross-attention.
     """
     if context.packing.lengths is not None:
-        return attend_by_rows(q_BHLK, k_BGMK, v_BGMK, context, dropout, scale)
+        return attend_within_rows(q_BHLK, k_BGMK, v_BGMK, context, dropout, scale)
     if context.source_lengths is not None:
-        return attend_to_rows(q_BHLK, k_BGMK, v_BGMK, context.source_lengths, dropout, scale)
+        return attend_to_sources(q_BHLK, k_BGMK, v_BGMK, context.source_lengths, dropout, scale)
     bias_BHLM = context.bias_BHLM
     if is_decoding_on_cpu(q_BHLK, dropout):
         return attend_with_one_query(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, scale)
     return fused(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, context.is_causal, dropout, scale)
+
+
+def attend_within_rows(q_1HTK, k_1GTK, v_1GTK, context, dropout, scale):
+    """Return what `attend` returns for self-attention, if the rows lie end to end.
+
+    On a CPU, long rows take about as long one by one as all at once, and here they have no padding.
+    Short rows would take longer one by one: see LEAST_COLUMNS in packing.py.
+    """
+    lengths = context.packing.lengths
+    # These are pieces and not x[:, :, a:b], whose gradient would be all zeros but for one row.
+    pieces = [x.split(lengths, dim=2) for x in (q_1HTK, k_1GTK, v_1GTK)]
+    rows = []
+    for n, q, k, v in zip(lengths, *pieces, strict=True):
+        bias = context.bias_BHLM
+        if bias is not None:
+            bias = bias[:, :, :n, :n]  # for all rows alike, because each begins at position 0
+        rows.append(fused(q, k, v, bias, context.is_causal, dropout, scale))
+    return torch.cat(rows, dim=2)
+
+
+def attend_to_sources(q_BHLK, k_1GTK, v_1GTK, lengths, dropout, scale):
+    """Return what `attend` returns for cross-attention, if the sources lie end to end.
+
+    Row b of the queries sees all of source b, which has lengths[b] tokens. A bias is not needed,
+    because there is no padding to hide.
+    """
+    pieces = (q_BHLK.split(1), k_1GTK.split(lengths, dim=2), v_1GTK.split(lengths, dim=2))
+    rows = [fused(q, k, v, None, False, dropout, scale) for q, k, v in zip(*pieces, strict=True)]
+    return torch.cat(rows)
 
 
 def fused(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, is_causal, dropout, scale):
@@ -152,36 +182,6 @@ def aligned(bias):
     if bias.device.type == "cpu":
         return bias
     return zero_bias(bias.shape, bias.dtype, bias.device).copy_(bias)
-
-
-def attend_by_rows(q_1HTK, k_1GTK, v_1GTK, context, dropout, scale):
-    """Return what `attend` returns for rows that lie end to end, row b with lengths[b] tokens.
-
-    On a CPU, long rows take about as long one by one as all at once, and here they have no padding.
-    Short rows would take longer one by one: see LEAST_COLUMNS in packing.py.
-    """
-    lengths = context.packing.lengths
-    biases = [None] * len(lengths)
-    if context.bias_BHLM is not None:
-        biases = context.bias_BHLM.expand(len(lengths), -1, -1, -1).split(1)
-    # These are pieces and not x[:, :, a:b], whose gradient would be all zeros but for one row.
-    pieces = [x.split(lengths, dim=2) for x in (q_1HTK, k_1GTK, v_1GTK)]
-    rows = []
-    for n, q, k, v, bias in zip(lengths, *pieces, biases, strict=True):
-        if bias is not None:
-            bias = bias[:, :, :n, :n]
-        rows.append(fused(q, k, v, bias, context.is_causal, dropout, scale))
-    return torch.cat(rows, dim=2)
-
-
-def attend_to_rows(q_BHLK, k_1GTK, v_1GTK, lengths, dropout, scale):
-    """Return what `attend` returns for cross-attention, if the sources lie end to end.
-
-    Row b of the queries sees all of source b, which has lengths[b] tokens.
-    """
-    pieces = (q_BHLK.split(1), k_1GTK.split(lengths, dim=2), v_1GTK.split(lengths, dim=2))
-    rows = [fused(q, k, v, None, False, dropout, scale) for q, k, v in zip(*pieces, strict=True)]
-    return torch.cat(rows)
 
 
 def is_decoding_on_cpu(q_BHLK, dropout):

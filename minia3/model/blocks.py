@@ -89,8 +89,8 @@ class Attention(nn.Module):
         k = self.l_k(self.k(memory), context.adapter_B)
         v = self.l_v(self.v(memory), context.adapter_B)
 
-        k_BGMK = self.split_heads(context.packing.rows(k))
-        v_BGMK = self.split_heads(context.packing.rows(v))
+        k_BGMK = self.split_heads(context.packing.for_attention(k))
+        v_BGMK = self.split_heads(context.packing.for_attention(v))
         return rotate(self.k_norm(k_BGMK), context.rotation), v_BGMK
 
     def forward(self, x, kv, context):
@@ -98,12 +98,12 @@ class Attention(nn.Module):
         k_BGMK, v_BGMK = kv
         q = self.l_q(self.q(x), context.adapter_B)
 
-        q_BHLK = self.split_heads(context.packing.rows(q))
+        q_BHLK = self.split_heads(context.packing.for_attention(q))
         q_BHLK = rotate(self.q_norm(q_BHLK), context.rotation)
 
         dropout = self.dropout.p if self.training else 0.0
         out_BHLK = attend(q_BHLK, k_BGMK, v_BGMK, context, dropout=dropout, scale=self.scale)
-        out = context.packing.tokens(out_BHLK.transpose(1, 2).flatten(2))
+        out = context.packing.from_attention(out_BHLK.transpose(1, 2).flatten(2))
         return self.l_o(self.o(out), context.adapter_B)
 
     def split_heads(self, x):
@@ -187,7 +187,7 @@ class Block(nn.Module):
         if self.cross is not None:
             # Rows that share a source ask together: their queries become one row, because then the
             # source's keys and values need not be copied.
-            n_sources = context.cross.count_sources(cache.cross_kv[0])
+            n_sources = len(context.cross.source_lengths or cache.cross_kv[0])
             h = self.cross_norm(x_BLD).unflatten(0, (n_sources, -1)).flatten(1, 2)
             h = self.cross(h, cache.cross_kv, context.cross)
             x_BLD = x_BLD + self.dropout(h.view_as(x_BLD))

@@ -163,8 +163,9 @@ class Llama(nn.Module):
         if read_BL.shape[1] > 0:  # a prompt of one token leaves the cache empty
             self.run_blocks(read_BL, state, packing, kv_only=True)
             for cache in state.caches:
-                cache.unpack(packing)
-            state.mask_BM = mask_BL
+                cache.kv = packing.padded_kv(cache.kv)
+                cache.length = state.length
+            state.mask_BM = mask_BL  # for the tokens that follow
         return state
 
     def step(self, tokens, state):
@@ -232,7 +233,7 @@ class Llama(nn.Module):
             packing,
             bias_BHLM,
             is_causal=bias_BHLM is None and n_queries > 1,
-            rotation=self.rotation(packing.positions(position_BL), dtype),
+            rotation=self.rotation(packing.positions_for_attention(position_BL), dtype),
         )
 
     def rotation(self, position_BL, dtype):

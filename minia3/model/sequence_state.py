@@ -23,14 +23,13 @@ N columns of one row, H query heads, G key/value heads, K head width.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from minia3.model.adapter_rows import find_rows
 from minia3.model.attend import aligned, zero_bias
-from minia3.model.packing import NO_PACKING
+from minia3.model.packing import NO_PACKING, NoPacking, Packing
 from minia3.model.to_device import to_device
 
 # The most entries of a bias of attention: 4 GB in float32. They grow with the square of a length.
@@ -46,17 +45,14 @@ class Context:
     """The masks, positions and adapters of one call, which the blocks of a stack share."""
 
     adapter_B: torch.Tensor  # a row of the vectors per example, or (1,): one row for all
-    # Models always pass a packing, because this default would break torch.compile's graph.
-    packing: Any = NO_PACKING
+    # Models pass it even if it is the default, which would break a graph of torch.compile.
+    packing: Packing | NoPacking = NO_PACKING
     bias_BHLM: torch.Tensor | None = None  # added to the scores: masks (-inf), T5's positions
     is_causal: bool = False  # use PyTorch's causal mask, which is right only if L = M
     rotation: tuple | None = None  # LLaMA's positions: cos and sin (B or 1, 1, L, K)
     cross: "Context | None" = None  # the context of cross-attention, if there is any
-    source_lengths: list | None = None  # of cross-attention to sources that lie end to end
-
-    def count_sources(self, k):
-        """Return how many sources have their keys in `k`, (B, G, M, K) or end to end."""
-        return len(k) if self.source_lengths is None else len(self.source_lengths)
+    # In cross-attention to sources that lie end to end: how many tokens each source has
+    source_lengths: list | None = None
 
 
 @dataclass
@@ -97,11 +93,6 @@ class Cache:
                 old[:, :, first : self.length] = x
         return self.filled()
 
-    def unpack(self, packing):
-        """Pad the keys and values of a prompt, if its Packing has them row after row."""
-        self.kv = tuple(packing.padded_heads(x) for x in self.kv)
-        self.length = self.kv[0].shape[2]
-
     def filled(self):
         """Return `kv` without its spare room, so that two states never write into the same room."""
         if self.kv is None:
@@ -131,7 +122,8 @@ class State:
     length: int = 0  # tokens of a row so far
     mask_BM: torch.Tensor | None = None  # which columns are real; None: all of them
     memory_bias_B11M: torch.Tensor | None = None  # for cross-attention: the source's padding
-    source_packing: Any = NO_PACKING  # how `cross_kv` of the caches lie
+    # That of the source: its keys and values in the caches may lie end to end.
+    source_packing: Packing | NoPacking = NO_PACKING
     n_sharing: int = 1  # rows that share one row of the caches
     adapter_numbers: tuple = ()  # as the caller gave them: see adapter_rows.py
 
@@ -168,14 +160,10 @@ class State:
         self.owner_M = torch.cat((self.owner_M, new_owner_N))
         self.length += n_tokens
         tokens = tokens_RL.reshape(-1, self.n_sharing * n_tokens)
-        self.count_as_real(tokens)
+        if self.mask_BM is not None:  # these tokens are real
+            is_real = torch.ones_like(tokens, dtype=torch.bool)
+            self.mask_BM = torch.cat((self.mask_BM, is_real), dim=1)
         return tokens
-
-    def count_as_real(self, tokens_BL):
-        """Extend the mask, if there is one, to tokens that were appended."""
-        if self.mask_BM is not None:
-            is_real_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
-            self.mask_BM = torch.cat((self.mask_BM, is_real_BL), dim=1)
 
     def query_columns(self, x, n_queries):
         """Return the columns (..., L) of x (..., M) that were appended last: those of the queries.
@@ -194,30 +182,23 @@ class State:
     def cross_context(self):
         """Return the Context of cross-attention, in which rows that share a source ask together."""
         lengths = self.source_packing.lengths
-        bias_B11M = self.memory_bias_B11M if lengths is None else None
-        context = Context(self.adapter_B, NO_PACKING, bias_B11M, source_lengths=lengths)
-        n_sources = context.count_sources(self.caches[0].read_cross_kv()[0])
+        n_sources = len(lengths or self.caches[0].read_cross_kv()[0])
         n_cache_rows = len(self.start) // self.n_sharing
         # Rows that share a source also share an adapter, so the first of them speaks for all.
-        return replace(context, adapter_B=self.adapter_B[:: n_cache_rows // n_sources])
+        adapter_B = self.adapter_B[:: n_cache_rows // n_sources]
+        return Context(adapter_B, NO_PACKING, self.memory_bias_B11M, source_lengths=lengths)
 
     def prepare_decoding(self):
         """Pad the keys and values of the source, and make them contiguous.
 
-        So every step of decoding reads them faster. Those that `start` makes with gradients stay as
-        they are, because other states share them.
+        So each step of decoding, in which every row has a single query, reads them faster.
         """
-        if self.caches[0].make_cross_kv is not None:
-            return
-        # With gradients, because `select` may have given this state some that a later step needs.
+        # With gradients, because a later step may need those of the source.
         with torch.inference_mode(False), torch.enable_grad():
             for cache in self.caches:
-                cache.cross_kv = tuple(x.contiguous() for x in self.padded_cross_kv(cache))
+                padded = self.source_packing.padded_kv(cache.read_cross_kv())
+                cache.cross_kv = tuple(x.contiguous() for x in padded)
         self.source_packing = NO_PACKING
-
-    def padded_cross_kv(self, cache):
-        """Return the keys and values (B, G, M, K) of the source, also if they lie end to end."""
-        return tuple(self.source_packing.padded_heads(x) for x in cache.read_cross_kv())
 
     def positions(self):
         """Return (B, M), or (1, M) without padding: the position of each column in its text.
@@ -270,7 +251,8 @@ class State:
             if cache.kv is not None:
                 kv = tuple(selection.columns_of(x, axis=2) for x in cache.kv)
             if cache.read_cross_kv() is not None:
-                cross_kv = tuple(selection.rows_of(x) for x in self.padded_cross_kv(cache))
+                padded = self.source_packing.padded_kv(cache.cross_kv)
+                cross_kv = tuple(selection.rows_of(x) for x in padded)
             caches.append(Cache(kv, cross_kv, self.length))
         memory_bias_B11M = selection.rows_of(self.memory_bias_B11M)
         if memory_bias_B11M is not None:

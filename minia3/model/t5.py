@@ -194,12 +194,12 @@ class T5(nn.Module):
             mask_B11M = to_device(mask, source.device)[:, None, None, :]
             memory_bias_B11M = mask_to_bias(mask_B11M, x.dtype)
 
-        context = Context(packing.adapters(adapter_B), packing)
-        n_masks = 1
-        if packing.lengths is None and mask is not None:
-            context.bias_BHLM = memory_bias_B11M
-            n_masks = len(source)  # each row adds its own mask to the biases of positions
-        check_bias(n_masks, self.config.n_heads, source.shape[1], source.shape[1])
+        mask_bias = memory_bias_B11M
+        if packing.lengths is not None:
+            mask_bias = None  # rows that lie end to end have no padding to hide
+        n_biases = 1 if mask_bias is None else len(source)  # each row's own, if masks are added
+        check_bias(n_biases, self.config.n_heads, source.shape[1], source.shape[1])
+        context = Context(packing.adapters(adapter_B), packing, mask_bias)
         position_M = torch.arange(source.shape[1], device=source.device)
         distance_MM = position_M - position_M[:, None]
         memory = self.encoder(packing.pack(x), context, distance_MM)

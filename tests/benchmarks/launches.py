@@ -79,7 +79,7 @@ class CountLaunches(PatchedMode):
             (F, "rms_norm", self.as_one(F.rms_norm)),
             (norm, "forward", staticmethod(self.as_one(norm.forward))),
             (norm, "backward", staticmethod(self.as_one(norm.backward))),
-            (packing, "is_long_and_padded", lambda *args: False),
+            (packing, "lies_end_to_end", lambda *args: False),
             (attend, "is_decoding_on_cpu", lambda *args: False),
         )
 

@@ -111,11 +111,14 @@ LENGTHS = [40, 1, 64, 0, 6]  # a prompt of one token leaves a LLaMA nothing to r
 MASK_BL = torch.arange(LEAST_COLUMNS) < torch.tensor(LENGTHS)[:, None]
 
 
+WINDOW_LM = torch.ones(LEAST_COLUMNS, LEAST_COLUMNS, dtype=torch.bool).tril().triu(-8)
+
+
 def pack(mask_BL, device="cpu"):
     return Packing(mask_BL, torch.device(device), nn.Identity())
 
 
-def row_after_row(n_heads, n_kv_heads, bias_kind):
+def end_to_end(n_heads, n_kv_heads, bias_kind):
     """Return queries, keys and values of the rows of a batch, end to end, and its Context."""
     torch.manual_seed(0)
     qkv = []
@@ -124,29 +127,27 @@ def row_after_row(n_heads, n_kv_heads, bias_kind):
     biases = {
         "causal": None,
         "per head": torch.randn(1, n_heads, LEAST_COLUMNS, LEAST_COLUMNS, dtype=torch.float64),
-        "per row": mask_to_bias(MASK_BL[:, None, None, :], torch.float64).expand(
-            -1, -1, LEAST_COLUMNS, -1
-        ),
+        "window": mask_to_bias(WINDOW_LM[None, None], torch.float64),
     }
     is_causal = bias_kind == "causal"
     return qkv, Context(torch.tensor([0]), pack(MASK_BL), biases[bias_kind], is_causal)
 
 
 @pytest.mark.parametrize(("n_heads", "n_kv_heads"), [(4, 4), (6, 2)])
-@pytest.mark.parametrize("bias_kind", ["causal", "per head", "per row"])
+@pytest.mark.parametrize("bias_kind", ["causal", "per head", "window"])
 def test_each_row_of_a_padded_batch_is_attention_of_that_row_alone(n_heads, n_kv_heads, bias_kind):
-    qkv, context = row_after_row(n_heads, n_kv_heads, bias_kind)
+    qkv, context = end_to_end(n_heads, n_kv_heads, bias_kind)
     found = attend(*qkv, context, scale=0.3)
     grad = torch.randn(found.shape, dtype=torch.float64)
     gradients = torch.autograd.grad(found, qkv, grad)
     first = 0
-    for row, n in enumerate(LENGTHS):
+    for n in LENGTHS:
         of_row = slice(first, first + n)
         first += n
         alone = [x[:, :, of_row] for x in qkv]
         bias = context.bias_BHLM
         if bias is not None:
-            bias = bias.expand(len(LENGTHS), -1, -1, -1)[row : row + 1, :, :n, :n]
+            bias = bias[:, :, :n, :n]
         context_alone = Context(torch.tensor([0]), bias_BHLM=bias, is_causal=context.is_causal)
         expected = attend(*alone, context_alone, scale=0.3)
         torch.testing.assert_close(found[:, :, of_row], expected)
@@ -158,14 +159,14 @@ def test_each_row_of_a_padded_batch_is_attention_of_that_row_alone(n_heads, n_kv
 
 
 def test_a_padded_batch_has_dropout():
-    qkv, context = row_after_row(4, 4, "per head")
+    qkv, context = end_to_end(4, 4, "per head")
     plain = attend(*qkv, context)
     dropped = attend(*qkv, context, dropout=0.9)
     assert (dropped - plain).norm() > plain.norm()
 
 
 def test_a_padded_batch_is_computed_without_its_padding(monkeypatch):
-    qkv, context = row_after_row(4, 4, "per head")
+    qkv, context = end_to_end(4, 4, "per head")
     original = F.scaled_dot_product_attention
     computed = []
 
@@ -179,23 +180,25 @@ def test_a_padded_batch_is_computed_without_its_padding(monkeypatch):
 
 
 def test_rows_that_lie_end_to_end_are_the_rows_of_the_batch(monkeypatch):
-    end_to_end = pack(MASK_BL)
+    packed = pack(MASK_BL)
     monkeypatch.setattr(packing, "LEAST_COLUMNS", LEAST_COLUMNS + 1)
     unpacked = pack(MASK_BL)
     assert unpacked.lengths is None
 
     x_T1D = torch.randn(sum(LENGTHS), 1, 6)
-    for of_batch in (end_to_end, unpacked):
-        rows = of_batch.rows(x_T1D)
-        torch.testing.assert_close(of_batch.tokens(rows), x_T1D, rtol=0, atol=0)
-        x_BGLK = of_batch.padded_heads(rows.unflatten(2, (2, 3)).transpose(1, 2))
+    for of_batch in (packed, unpacked):
+        rows = of_batch.for_attention(x_T1D)
+        torch.testing.assert_close(of_batch.from_attention(rows), x_T1D, rtol=0, atol=0)
+        heads = rows.unflatten(2, (2, 3)).transpose(1, 2)
+        k_BGLK, v_BGLK = of_batch.padded_kv((heads, -heads))
         expected = unpacked.unpack(x_T1D).unflatten(2, (2, 3)).transpose(1, 2)
-        torch.testing.assert_close(x_BGLK, expected, rtol=0, atol=0)
+        torch.testing.assert_close(k_BGLK, expected, rtol=0, atol=0)
+        torch.testing.assert_close(v_BGLK, -expected, rtol=0, atol=0)
 
     position_L = torch.arange(LEAST_COLUMNS)
     expected = torch.cat([position_L[:n] for n in LENGTHS])[None]
-    assert torch.equal(end_to_end.positions(position_L[None]), expected)
-    assert torch.equal(unpacked.positions(position_L[None]), position_L[None])
+    assert torch.equal(packed.positions_for_attention(position_L[None]), expected)
+    assert torch.equal(unpacked.positions_for_attention(position_L[None]), position_L[None])
 
 
 @pytest.mark.parametrize("name", ["t5-v1.0", "t5-v1.1", "llama-gqa"])
@@ -206,10 +209,10 @@ def test_a_model_has_the_same_gradients_row_by_row_and_at_once(name, loaded, mon
 
     def spy(q_1HTK, k_1GTK, v_1GTK, context, dropout, scale):
         lengths.append(context.packing.lengths)
-        return by_rows(q_1HTK, k_1GTK, v_1GTK, context, dropout, scale)
+        return within_rows(q_1HTK, k_1GTK, v_1GTK, context, dropout, scale)
 
-    by_rows = attend_module.attend_by_rows
-    monkeypatch.setattr(attend_module, "attend_by_rows", spy)
+    within_rows = attend_module.attend_within_rows
+    monkeypatch.setattr(attend_module, "attend_within_rows", spy)
     at_once = gradients(model, batch)
     assert lengths == []
     monkeypatch.setattr(packing, "LEAST_COLUMNS", 1)

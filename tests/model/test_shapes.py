@@ -360,7 +360,7 @@ def watch(peer, loaded, tmp_path_factory):
         peer(name)
     if has_bitsandbytes():
         importlib.import_module("bitsandbytes")
-    short_rows_too = mock.patch.object(packing, "LEAST_COLUMNS", 1)  # for `attend_by_rows`
+    short_rows_too = mock.patch.object(packing, "LEAST_COLUMNS", 1)  # for `attend_within_rows`
     with watched(PACKAGE) as watch, short_rows_too:
         for name in WHOLE:
             tokenizer = word_tokenizer(ends=name.startswith("t5"))
