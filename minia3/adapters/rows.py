@@ -11,10 +11,9 @@ import torch
 from minia3.adapters.peft_files import read_adapter, write_adapter
 from minia3.checkpoints.known_models import hub_name
 from minia3.files.home import expand_home
-from minia3.model.adapter_rows import find_row
+from minia3.model.adapter_rows import INTEGERS, as_numbers, find_row
 from minia3.model.ia3 import vectors
 from minia3.model.more_vectors import add_vectors, possible_vectors
-from minia3.model.sequence_state import INTEGERS, as_numbers
 
 
 def row_of(model, adapter):

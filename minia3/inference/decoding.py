@@ -25,8 +25,7 @@ from minia3.inference.options import Options, expect
 from minia3.inference.pieces import Text
 from minia3.inference.sampling import Sampler
 from minia3.inference.scoring import NotFiniteError, batches_by_length, has_order
-from minia3.model.adapter_rows import find_rows
-from minia3.model.sequence_state import adapter_numbers
+from minia3.model.adapter_rows import adapter_numbers, find_rows
 from minia3.model.shard import is_sharded
 from minia3.model.single_row import fast_products
 from minia3.model.static_state import Room, StaticState

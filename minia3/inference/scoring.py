@@ -26,9 +26,10 @@ from minia3.files.ahead import one_ahead
 from minia3.files.processes import combine, share
 from minia3.files.progress import progress
 from minia3.files.read import one_line
+from minia3.model.adapter_rows import as_numbers
 from minia3.model.llama import Llama
 from minia3.model.packing import NO_PACKING, Packing, spread, true_places
-from minia3.model.sequence_state import as_numbers, check_mask
+from minia3.model.sequence_state import check_mask
 from minia3.model.shard import compare_passes, is_sharded
 from minia3.model.target_logprobs import target_logprobs
 from minia3.model.to_device import cpu_as_default, start_reading, to_device
@@ -95,7 +96,7 @@ def masked_logprobs(model, state, target, mask):
     if mask is None:
         return target_logprobs(x_ND, model.head_weight, target_N).view(target.shape)
     place_T = true_places(mask, target.device)
-    logp_T = target_logprobs(x_ND[place_T], model.head_weight, target_N[place_T])
+    logp_T = target_logprobs(x_ND.index_select(0, place_T), model.head_weight, target_N[place_T])
     return spread(logp_T, place_T, mask.shape)
 
 
@@ -183,7 +184,7 @@ def text_logprobs(model, batch, adapter):
 
     place_T = true_places(texts.is_scored_BS[:, 1:], device)
     next_T = ids_BS[:, 1:].flatten()[place_T]
-    logp_T = target_logprobs(x_ND[place_T], model.head_weight, next_T)
+    logp_T = target_logprobs(x_ND.index_select(0, place_T), model.head_weight, next_T)
     target_place_T = true_places(batch.target_mask_BCL, device)
     return spread(logp_T, target_place_T, batch.target_mask_BCL.shape)
 

@@ -9,7 +9,11 @@ second part, its generation: how many adapters had the row before.
 In a model whose adapters never leave, all generations are 0, and a number is just a row.
 """
 
+import torch
+
 GENERATION = 2**32
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def number_of(row, model):
@@ -48,3 +52,31 @@ def find_row(number, model):
             "may belong to another one: ask for the rows again, with Adapters.rows"
         )
     return row
+
+
+def adapter_numbers(adapter, n_examples):
+    """Return the argument `adapter` of `start` as a list: one number, or one for each example.
+
+    Raise ValueError if it is anything but None, an int or (n_examples,) long.
+    """
+    if adapter is None:
+        return [0]
+    if type(adapter) is int:
+        return [adapter]  # without a tensor, which would take most of the time of `check_start`
+    numbers = as_numbers(adapter)
+    if numbers.dtype not in INTEGERS or numbers.shape not in ((), (n_examples,)):
+        expected = f"adapter must be None, an int or {(n_examples,)} long"
+        raise ValueError(f"{expected}, found {adapter!r}")
+    return numbers.flatten().tolist()
+
+
+def as_numbers(adapter):
+    """Return the argument `adapter` of `start` as a tensor.
+
+    Raise ValueError if there is anything but numbers in it.
+    """
+    try:
+        return torch.as_tensor(adapter, device="cpu")
+    except (TypeError, ValueError, RuntimeError):  # such as the names of adapters
+        expected = "expected rows of the model (Adapters.rows returns the rows of names)"
+        raise ValueError(f"adapter is {adapter!r:.80}, {expected}") from None

@@ -25,7 +25,6 @@ from minia3.model.sequence_state import (
     State,
     check_bias,
     check_start,
-    distinct_numbers,
     mask_to_bias,
 )
 from minia3.model.to_device import to_device
@@ -134,7 +133,7 @@ class Llama(nn.Module):
         `state.start` is that last token, because the first `step` reads it. The padding may be
         anywhere. The arguments and the errors are those of T5.start.
         """
-        adapter_B = check_start(source, mask, adapter, self)
+        adapter_B, adapter_numbers = check_start(source, mask, adapter, self)
         if mask is None:
             packing = NO_PACKING
             mask_BL = None
@@ -158,7 +157,7 @@ class Llama(nn.Module):
             caches=[Cache() for _ in self.blocks],
             token_M=source.new_zeros(0),
             owner_M=torch.zeros(0, dtype=torch.long, device="cpu"),
-            adapter_numbers=distinct_numbers(adapter, len(source)),
+            adapter_numbers=adapter_numbers,
         )
         if read_BL.shape[1] > 0:  # a prompt of one token leaves the cache empty
             self.run_blocks(read_BL, state, packing, kv_only=True)

@@ -103,12 +103,12 @@ def true_places(mask, device):
     return to_device(mask.flatten().nonzero()[:, 0], device)
 
 
-def spread(x_T, place_T, shape):
-    """Return zeros (*shape, ...) with x_T (T, ...) in the places of the flat tensor (N, ...)."""
-    x_N = x_T.new_zeros(shape.numel(), *x_T.shape[1:])
+def spread(x, place_T, shape):
+    """Return zeros (*shape, ...) with x (T, ...) in their places. This undoes x_flat[place_T]."""
+    flat = x.new_zeros(shape.numel(), *x.shape[1:])
     # `index_copy_` is missing on Apple's GPUs before torch 2.8, and slow before torch 2.13.
-    x_N.index_put_((place_T,), x_T)
-    return x_N.unflatten(0, shape)
+    flat.index_put_((place_T,), x)
+    return flat.unflatten(0, shape)
 
 
 class NoPacking:

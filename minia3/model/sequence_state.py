@@ -17,7 +17,7 @@ each row adds its own. All of these are kept side by side in one row of the cach
 A mask lets each token see the prompt and the earlier tokens of its own row. No keys are copied.
 
 Shapes: B batch (of sources), R rows that continue them, L query length, M memory length (columns),
-N columns of one row, H query heads, G key/value heads, K head width.
+N columns of one row, H query heads, G key/value heads, K head width, T real tokens of all sources.
 """
 
 import math
@@ -27,15 +27,13 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from minia3.model.adapter_rows import find_rows
+from minia3.model.adapter_rows import adapter_numbers, find_rows
 from minia3.model.attend import aligned, zero_bias
 from minia3.model.packing import NO_PACKING, NoPacking, Packing
 from minia3.model.to_device import to_device
 
 # The most entries of a bias of attention: 4 GB in float32. They grow with the square of a length.
 MAX_BIAS = 1 << 30
-
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 SPARE_COLUMNS = 64  # that a cache gets when it grows, so that most steps copy nothing
 
@@ -45,13 +43,13 @@ class Context:
     """The masks, positions and adapters of one call, which the blocks of a stack share."""
 
     adapter_B: torch.Tensor  # a row of the vectors per example, or (1,): one row for all
-    # Models pass it even if it is the default, which would break a graph of torch.compile.
+    # Models pass NO_PACKING, too, because this default would break a graph of torch.compile.
     packing: Packing | NoPacking = NO_PACKING
     bias_BHLM: torch.Tensor | None = None  # added to the scores: masks (-inf), T5's positions
     is_causal: bool = False  # use PyTorch's causal mask, which is right only if L = M
     rotation: tuple | None = None  # LLaMA's positions: cos and sin (B or 1, 1, L, K)
     cross: "Context | None" = None  # the context of cross-attention, if there is any
-    # In cross-attention to sources that lie end to end: how many tokens each source has
+    # In cross-attention to sources that lie end to end: how many tokens each of them has
     source_lengths: list | None = None
 
 
@@ -60,9 +58,11 @@ class Cache:
     """One block's keys and values (B, G, M, K), scaled and rotated.
 
     kv: for self-attention. The first `length` columns are filled, and the others are spare room.
-    cross_kv: for cross-attention, made once from the encoder's output. None in LLaMA. On a CPU, the
-    sources may lie end to end (packing.py).
+    cross_kv: for cross-attention, made once from the encoder's output. None in LLaMA.
     make_cross_kv: a function that makes `cross_kv` when it is first needed, if it is not there yet.
+
+    On a CPU, rows of a source may lie end to end, (1, G, T, K): those of `cross_kv` until decoding
+    begins, and those of `kv` while a LLaMA reads its prompts (packing.py).
     """
 
     kv: tuple | None = None
@@ -122,10 +122,10 @@ class State:
     length: int = 0  # tokens of a row so far
     mask_BM: torch.Tensor | None = None  # which columns are real; None: all of them
     memory_bias_B11M: torch.Tensor | None = None  # for cross-attention: the source's padding
-    # That of the source: its keys and values in the caches may lie end to end.
+    # How `cross_kv` lies in the caches: padded, or end to end
     source_packing: Packing | NoPacking = NO_PACKING
     n_sharing: int = 1  # rows that share one row of the caches
-    adapter_numbers: tuple = ()  # as the caller gave them: see adapter_rows.py
+    adapter_numbers: tuple = ()  # those that the caller gave, each once: see adapter_rows.py
 
     def check_adapters(self, model):
         """Raise ValueError if an adapter was removed or replaced while its vectors were read.
@@ -361,7 +361,9 @@ def mask_to_bias(mask, dtype):
 
 
 def check_start(source_BM, mask_BM, adapter, model):
-    """Check the arguments of `start`, and return adapter_B: (B,) long, or (1,) for the whole batch.
+    """Check the arguments of `start`, and return what its State says of adapters.
+
+    That is adapter_B, the rows of the vectors, and adapter_numbers, from which they came.
 
     Raise ValueError if the source is empty, if the mask has the wrong shape or dtype, if a row has
     no real token, or if an adapter does not exist or was removed (see adapter_rows.py).
@@ -375,40 +377,8 @@ def check_start(source_BM, mask_BM, adapter, model):
     rows = find_rows(numbers, model)
     if len(set(rows)) == 1:
         rows = rows[:1]  # because a single row need not be looked up for each token
-    return to_device(torch.tensor(rows, device="cpu"), source_BM.device)
-
-
-def adapter_numbers(adapter, n_examples):
-    """Return the argument `adapter` of `start` as a list: one number, or one for each example.
-
-    Raise ValueError if it is anything but None, an int or (n_examples,) long.
-    """
-    if adapter is None:
-        return [0]
-    if type(adapter) is int:
-        return [adapter]  # without a tensor, which would take most of the time of `check_start`
-    numbers = as_numbers(adapter)
-    if numbers.dtype not in INTEGERS or numbers.shape not in ((), (n_examples,)):
-        expected = f"adapter must be None, an int or {(n_examples,)} long"
-        raise ValueError(f"{expected}, found {adapter!r}")
-    return numbers.flatten().tolist()
-
-
-def as_numbers(adapter):
-    """Return the argument `adapter` of `start` as a tensor.
-
-    Raise ValueError if there is anything but numbers in it.
-    """
-    try:
-        return torch.as_tensor(adapter, device="cpu")
-    except (TypeError, ValueError, RuntimeError):  # such as the names of adapters
-        expected = "expected rows of the model (Adapters.rows returns the rows of names)"
-        raise ValueError(f"adapter is {adapter!r:.80}, {expected}") from None
-
-
-def distinct_numbers(adapter, n_examples):
-    """Return the numbers in the argument `adapter` of `start`, each once."""
-    return tuple(set(adapter_numbers(adapter, n_examples)))
+    adapter_B = to_device(torch.tensor(rows, device="cpu"), source_BM.device)
+    return adapter_B, tuple(set(numbers))
 
 
 def check_mask(mask_BM, shape):

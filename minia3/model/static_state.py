@@ -134,7 +134,7 @@ class StaticState(State):
         return tokens_B1  # there is room, and `advance` counts
 
     def prepare_decoding(self):
-        """Do nothing: `make` got a state that was prepared, or padded a copy of it by `select`."""
+        """Do nothing: `make` has called `select`, which pads. A compiled step prepares nothing."""
 
     def advance(self):
         """Count the token that the last step has read."""

@@ -29,7 +29,6 @@ from minia3.model.sequence_state import (
     State,
     check_bias,
     check_start,
-    distinct_numbers,
     mask_to_bias,
 )
 from minia3.model.to_device import to_device
@@ -88,7 +87,7 @@ class Stack(nn.Module):
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
             cache = Cache() if caches is None else caches[i]
-            cache.read_cross_kv()  # with gradients, this is when they are made: see `cross_cache`
+            cache.read_cross_kv()  # with gradients, it is made here: see `cross_cache`
             if i < len(self.positions):  # a block without a table uses the table before it
                 context = replace(context, bias_BHLM=self.bias(i, bucket_LM, mask_bias))
             x = block(x, context, cache)
@@ -184,7 +183,7 @@ class T5(nn.Module):
         Raise ValueError if the source or a row of it is empty or too long, if the mask is not of
         its shape, or if an adapter does not exist.
         """
-        adapter_B = check_start(source, mask, adapter, self)
+        adapter_B, adapter_numbers = check_start(source, mask, adapter, self)
 
         x = self.embed(source)
         packing = NO_PACKING
@@ -197,7 +196,7 @@ class T5(nn.Module):
         mask_bias = memory_bias_B11M
         if packing.lengths is not None:
             mask_bias = None  # rows that lie end to end have no padding to hide
-        n_biases = 1 if mask_bias is None else len(source)  # each row's own, if masks are added
+        n_biases = 1 if mask_bias is None else len(source)  # a row's mask is added to its biases
         check_bias(n_biases, self.config.n_heads, source.shape[1], source.shape[1])
         context = Context(packing.adapters(adapter_B), packing, mask_bias)
         position_M = torch.arange(source.shape[1], device=source.device)
@@ -211,7 +210,7 @@ class T5(nn.Module):
             caches=caches,
             token_M=source.new_zeros(0),
             owner_M=torch.zeros(0, dtype=torch.long, device="cpu"),
-            adapter_numbers=distinct_numbers(adapter, len(source)),
+            adapter_numbers=adapter_numbers,
             memory_bias_B11M=memory_bias_B11M,
             source_packing=packing,
         )

@@ -267,8 +267,10 @@ def test_a_single_adapter_is_checked_without_a_tensor(models, monkeypatch):
     model = models[BOTH[0]]
     source = tokens(2, 5)
     monkeypatch.setattr(torch, "as_tensor", None)
-    assert check_start(source, None, None, model).tolist() == [0]
-    assert check_start(source, None, 2, model).tolist() == [2]
+    for adapter, number in {None: 0, 2: 2}.items():
+        adapter_B, adapter_numbers = check_start(source, None, adapter, model)
+        assert adapter_B.tolist() == [number]
+        assert adapter_numbers == (number,)
 
 
 @pytest.mark.parametrize("name", BOTH)
