@@ -78,6 +78,41 @@ def attend_to_sources(q_BHLK, k_1GTK, v_1GTK, lengths, dropout, scale):
     return torch.cat(rows)
 
 
+def is_decoding_on_cpu(q_BHLK, dropout):
+    """Return whether `attend_with_one_query` can compute this, and is faster than PyTorch.
+
+    It has no dropout, and records no gradient.
+    """
+    is_plain = not (dropout or torch.is_grad_enabled() or torch.compiler.is_compiling())
+    n_rows, _, n_queries, _ = q_BHLK.shape
+    is_slow = q_BHLK.dtype.itemsize == 2
+    if q_BHLK.dtype == torch.float32:
+        is_slow = n_rows >= LEAST_ROWS
+    return is_plain and is_slow and n_queries == 1 and q_BHLK.device.type == "cpu"
+
+
+def attend_with_one_query(q_BH1K, k_BGMK, v_BGMK, bias, scale):
+    """Return what `attend` returns for one query per row.
+
+    In bfloat16 this takes a half to a ninth of the time of PyTorch's kernel, and in float32, with
+    many rows, mostly two thirds to nine tenths.
+
+    The N query heads that share a key/value head become N queries of that head, so a single matrix
+    product serves them all. `bias` may differ between query heads only if N = 1 (T5). A mask is the
+    same for all heads, and broadcasts over N.
+    """
+    n_rows, n_kv_heads, _, _ = k_BGMK.shape
+    q_BGNK = q_BH1K.reshape(n_rows, n_kv_heads, -1, q_BH1K.shape[3])
+    scores_BGNM = (q_BGNK.float() * scale) @ k_BGMK.float().mT
+    if bias is not None:
+        scores_BGNM.add_(bias)
+    weights_BGNM = scores_BGNM.softmax(-1)
+    if n_rows == 1:  # without oneDNN, bfloat16 is slower here than float32 (see single_row.py)
+        v_BGMK = v_BGMK.float()
+    out_BGNK = weights_BGNM.to(v_BGMK.dtype) @ v_BGMK
+    return out_BGNK.to(q_BH1K.dtype).view_as(q_BH1K)
+
+
 def fused(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, is_causal, dropout, scale):
     """Return what `attend` returns, by PyTorch's own function."""
     # An `if`, because an older torch.compile does not take a comparison of sizes as a bool.
@@ -182,38 +217,3 @@ def aligned(bias):
     if bias.device.type == "cpu":
         return bias
     return zero_bias(bias.shape, bias.dtype, bias.device).copy_(bias)
-
-
-def is_decoding_on_cpu(q_BHLK, dropout):
-    """Return whether `attend_with_one_query` can compute this, and is faster than PyTorch.
-
-    It has no dropout, and records no gradient.
-    """
-    is_plain = not (dropout or torch.is_grad_enabled() or torch.compiler.is_compiling())
-    n_rows, _, n_queries, _ = q_BHLK.shape
-    is_slow = q_BHLK.dtype.itemsize == 2
-    if q_BHLK.dtype == torch.float32:
-        is_slow = n_rows >= LEAST_ROWS
-    return is_plain and is_slow and n_queries == 1 and q_BHLK.device.type == "cpu"
-
-
-def attend_with_one_query(q_BH1K, k_BGMK, v_BGMK, bias, scale):
-    """Return what `attend` returns for one query per row.
-
-    In bfloat16 this takes a half to a ninth of the time of PyTorch's kernel, and in float32, with
-    many rows, mostly two thirds to nine tenths.
-
-    The N query heads that share a key/value head become N queries of that head, so a single matrix
-    product serves them all. `bias` may differ between query heads only if N = 1 (T5). A mask is the
-    same for all heads, and broadcasts over N.
-    """
-    n_rows, n_kv_heads, _, _ = k_BGMK.shape
-    q_BGNK = q_BH1K.reshape(n_rows, n_kv_heads, -1, q_BH1K.shape[3])
-    scores_BGNM = (q_BGNK.float() * scale) @ k_BGMK.float().mT
-    if bias is not None:
-        scores_BGNM.add_(bias)
-    weights_BGNM = scores_BGNM.softmax(-1)
-    if n_rows == 1:  # without oneDNN, bfloat16 is slower here than float32 (see single_row.py)
-        v_BGMK = v_BGMK.float()
-    out_BGNK = weights_BGNM.to(v_BGMK.dtype) @ v_BGMK
-    return out_BGNK.to(q_BH1K.dtype).view_as(q_BH1K)
