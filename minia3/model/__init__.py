@@ -1,8 +1,9 @@
 """The models: everything that runs when a model runs, and nothing else.
 
 Read in this order: `ia3` (the method), `blocks` (attention, feed-forward and block, with (IA)^3 in
-its three places), `attend` (attention itself), `t5` and `llama` (how blocks become a model),
-`sequence_state` (the masks, caches and positions of a running sequence). The other files can wait:
+its three places), `attend` (attention itself), `sequence_state` (the masks, caches and positions of
+a running sequence), `t5` and `llama` (how blocks become a model). The other files can wait: without
+padding, `packing` returns what it is given, and recompute(f, x) returns f(x).
 
     save memory or time                packing, recompute, target_logprobs, single_row,
                                        static_state, to_device

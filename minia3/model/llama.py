@@ -163,7 +163,7 @@ class Llama(nn.Module):
             self.run_blocks(read_BL, state, packing, kv_only=True)
             for cache in state.caches:
                 cache.kv = packing.padded_kv(cache.kv)
-                cache.length = state.length
+                cache.length = state.length  # end to end, it was that of all rows together
             state.mask_BM = mask_BL  # for the tokens that follow
         return state
 

@@ -8,8 +8,7 @@ together. It gets the padded batch again, or, on a CPU, long rows end to end, on
     pack              (530, 1, D)                   for everything but attention
     for_attention     (2, 500, D) or (1, 530, D)    and `from_attention` is the way back
 
-Shapes: B batch, L length, D width, T real tokens of the batch, N places in the batch (B * L), G
-key/value heads, K head width.
+Shapes: B batch, L length, D width, T real tokens of the batch, G key/value heads, K head width.
 """
 
 import torch
