@@ -171,7 +171,7 @@ def text_logprobs(model, batch, adapter):
     The CPU then launches half as many operators on a GPU as it would for two passes.
     """
     device = model.embed.weight.device
-    check_mask(batch.mask_BM, tuple(batch.source_BM.shape))
+    check_mask(batch.mask_BM, tuple(batch.source_BM.shape))  # because `start` gets no mask below
     texts = join(batch)
     ids_BS = to_device(texts.ids_BS, device)
     is_read_BR = texts.is_real_BS[:, 1:]  # nothing reads the last token
