@@ -108,17 +108,24 @@ def register(data):
 
 def mapped(function, tree):
     """Return `tree` with function(leaf) in place of each leaf. Lists, tuples and dicts branch."""
-    if isinstance(tree, list | tuple):
-        return type(tree)([mapped(function, branch) for branch in tree])
-    if isinstance(tree, dict):
+    kind = type(tree)
+    if kind is tuple or kind is list:
+        return kind([mapped(function, branch) for branch in tree])
+    if kind is dict:
         return {name: mapped(function, branch) for name, branch in tree.items()}
     return function(tree)
 
 
 def leaves(tree):
-    """Return what `mapped` would give to its function."""
+    """Return a list of what `mapped` would give to its function."""
+    kind = type(tree)
+    if kind is dict:
+        tree = tree.values()
+    elif kind is not tuple and kind is not list:
+        return [tree]
     found = []
-    mapped(found.append, tree)
+    for branch in tree:
+        found += leaves(branch)
     return found
 
 
