@@ -358,8 +358,7 @@ def test_a_stopped_run_that_trains_nothing_cannot_be_extended(tmp_path, monkeypa
 
 GRIDS = {
     "lora": {"method": "lora", "seed": "0,3", "dropout": 0.1, "lr": 0.1},
-    "full": {"method": "full", "seed": "0,3", "dropout": 0.1, "lr": 0.01},
-    "best of": {"method": "lora", "lr": "0.3,0.03", "eval_every": 2, "patience": 9},
+    "best of full": {"method": "full", "lr": "0.03,0.01", "eval_every": 2, "patience": 9},
 }
 
 
