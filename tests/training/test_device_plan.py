@@ -192,7 +192,7 @@ def test_the_largest_batch_fits_and_a_larger_one_does_not(model):
     config = KNOWN_MODELS[model].config
     shallow = {name: 2 for name in LAYER_FIELDS if hasattr(config, name)}
     plan = Plan(replace(config, **shallow), torch.bfloat16)
-    memory = 4e8
+    memory = 2.5e8
     shape = recipe_shape(1, 128)
     largest = plan.largest_batch(1, shape, memory)
     assert largest > 20
