@@ -74,7 +74,7 @@ def deterministic(place, folder):
 def out_of_memory(place, folder):
     """A run that needs more memory than there is ends in one line, whose advice helps."""
     n_bytes = 5 * 10**7 if place.is_dry else 2 * 10**9
-    n_rows = 2048 if place.is_dry else 100_000  # whose embeddings take a quarter of the limit, or more
+    n_rows = 2048 if place.is_dry else 100_000  # whose embeddings take a large part of the limit
     flags = ["--task", few_rows(folder), "--batch-size", n_rows]
 
     def run(name, *more):
