@@ -172,15 +172,15 @@ def start_limited(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hurried(start_limited):
-    return start_limited(seconds=0.5)
+    return start_limited(seconds=1.0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("template", ENDLESS)
 def test_time_memory_and_text_have_limits(template, start_limited):
-    # On a slow machine, half a second would be over before the memory is full.
+    # On a slow machine, a second would be over before the memory is full.
     is_about_size = ENDLESS[template] in ("bytes", "characters")
-    start_limited(seconds=10.0 if is_about_size else 0.5)
+    start_limited(seconds=10.0 if is_about_size else 1.0)
     begin = time.perf_counter()
     message = fails(template)
     assert ENDLESS[template] in message
