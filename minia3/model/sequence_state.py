@@ -230,7 +230,8 @@ class State:
         if self.n_sharing > 1:
             return self.select(torch.arange(len(self.start), device="cpu")).repeat(c)
         rows_R = torch.arange(len(self.start), device=self.start.device).repeat_interleave(c)
-        caches = [replace(cache, kv=cache.filled()) for cache in self.caches]
+        with torch.inference_mode(False), torch.enable_grad():  # the rows share them, too
+            caches = [replace(cache, kv=cache.filled()) for cache in self.caches]
         if self.length == 0:
             # Nothing is cached yet, so there is nothing to share, and each row gets a cache row.
             adapter_B = pick_adapters(self.adapter_B, rows_R)

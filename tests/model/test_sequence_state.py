@@ -667,6 +667,27 @@ def test_decoding_a_token_takes_no_gradients_from_a_state_that_was_selected(
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_rows_that_share_keys_and_values_share_their_gradients(models, name, without_gradients):
+    """Also if the first state writes into its room meanwhile: an error of PyTorch's views."""
+    model = models[name]
+    found = []
+    for mode in (torch.enable_grad, without_gradients):
+        state = model.start(tokens(4, 4), MASK)
+        model.step(tokens(4, 2), state)
+        with torch.no_grad():
+            model.step(tokens(4, 1), state)
+        with mode():
+            repeated = state.repeat(2)
+        with torch.no_grad():
+            model.step(tokens(4, 1), state)
+        found.append(gradients(model, model.step(tokens(8, 2), repeated)))
+    assert found[0].keys() == found[1].keys()
+    for vector, gradient in found[0].items():
+        assert torch.equal(found[1][vector], gradient)
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "masked"])
 def test_a_state_that_has_decoded_in_inference_mode_may_train_outside_of_it(models, name, mask):
     model = models[name]
