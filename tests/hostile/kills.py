@@ -14,6 +14,7 @@ A kill is named by (seed, deed, number). The number says of which kind it is:
 
 import json
 import math
+import operator
 import os
 import random
 import resource
@@ -119,11 +120,11 @@ class KillCampaign:
         wrong = self.do_again(deed, reference)
         return code < 0, wrong and f"killed at {kind} {point}: {wrong}"
 
-    def do_again(self, deed, reference):
+    def do_again(self, deed, reference, is_equal=operator.eq):
         """Do what is left of a deed. Return what is wrong with the result, or None."""
         again = deed.again or deed.run
         code, printed = run_process(lambda: again(self.inputs, self.scratch))
-        wrong = difference(reference.results, results_in(self.scratch))
+        wrong = difference(reference.results, results_in(self.scratch), is_equal)
         # A command that writes a new folder refuses one that is complete, and rightly so.
         was_complete = code == 2 and "is not empty" in last_line(printed)
         if code and not (was_complete and wrong is None):
@@ -242,13 +243,13 @@ def timeless_checkpoint(folder):
     return (saved.n_done, saved.is_finished, len(saved.finals))
 
 
-def difference(expected, found):
+def difference(expected, found, is_equal=operator.eq):
     """Return how the results of two deeds differ, or None."""
     missing = sorted(expected.keys() - found.keys())
     left = sorted(found.keys() - expected.keys())
     if missing or left:
         return f"missing: {missing}, left behind: {left}"
-    changed = [name for name, content in expected.items() if found[name] != content]
+    changed = [name for name in expected if not is_equal(expected[name], found[name])]
     return f"other content: {changed}" if changed else None
 
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from running import in_new_process
+from safetensors.torch import save
 
 LACKING = "processes are forked by means that Windows lacks"
 kills = pytest.importorskip("tests.hostile.kills", reason=LACKING)
@@ -104,6 +105,24 @@ def test_a_deed_that_leaves_something_behind_is_noticed(found):
 
 def test_a_fault_ends_in_one_line(found):
     assert found["faults"] == dict.fromkeys(faults.FAULTS)
+
+
+def test_only_rounding_counts_as_near():
+    lines = [{"loss": 1.25, "split": "test"}, {"loss": float("nan")}]
+    assert not faults.is_near(lines, lines)  # a loss that is NaN is not near itself
+    lines[1]["loss"] = 2.5
+    assert faults.is_near(lines, [{"loss": 1.2500001, "split": "test"}, {"loss": 2.5}])
+    assert not faults.is_near(lines, lines[:1])
+    assert not faults.is_near(lines, [{"loss": 1.26, "split": "test"}, {"loss": 2.5}])
+    assert not faults.is_near(lines, [{"loss": 1.25, "split": "train"}, {"loss": 2.5}])
+
+    def file_of(value, name="l_k"):
+        return save({name: torch.tensor([1.0, value])})
+
+    assert faults.is_near(file_of(2.0), file_of(2.0000002))
+    for other in (file_of(2.01), file_of(2.0, "l_v"), b"no tensors"):
+        assert not faults.is_near(file_of(2.0), other)
+    assert not faults.is_near(b"text", b"texts")
 
 
 def test_a_traceback_is_noticed(found):
