@@ -4,7 +4,7 @@ import difflib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from minia3.tasks.columns import COLUMN_SETS, EXPECTED, N_FIRST_ROWS, Columns, ColumnSet
+from minia3.tasks.columns import COLUMN_SETS, EXPECTED, N_FIRST_ROWS, Columns
 from minia3.tasks.csv_rows import ChoicesCell
 from minia3.tasks.format_strings import can_name
 from minia3.tasks.names import fold_case, list_names
@@ -48,12 +48,12 @@ def explain(columns: Columns, needs_answer: bool, used: Sequence[str]) -> str:
     )
 
 
-def explain_verdicts(columns: Columns, found: ColumnSet) -> str:
+def explain_verdicts(columns: Columns, target: str) -> str:
     """Return the message for texts to write of which some are labelled as bad, as for KTO."""
     label = columns.name_in_file("label")
     return (
         f"{columns.origin} has texts to write, and the column {label!r} says false of some of "
-        f'them: leave those rows out, or learn all texts with --target "{found.target}"'
+        f'them: leave those rows out, or learn all texts with --target "{target}"'
     )
 
 

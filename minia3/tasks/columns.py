@@ -230,12 +230,12 @@ def ordered_sets(
     return COLUMN_SETS
 
 
-def has_verdicts(found: ColumnSet, columns: Columns) -> bool:
-    """Return whether there are texts to write, and a column that says of some that they are bad.
+def has_verdicts(columns: Columns) -> bool:
+    """Return whether a column says true of some rows and false of others, or false of all.
 
-    Files for KTO are so: prompt, completion, and a label that is true or false.
+    Files for KTO are so: prompt, completion, and whether the completion is good.
     """
-    if not found.target or "label" not in columns:
+    if "label" not in columns:
         return False
     verdicts = {str(value).lower() for value in columns.values("label") if value is not None}
     return "false" in verdicts and verdicts <= {"true", "false"}

@@ -114,11 +114,11 @@ def understand(
 
 def assign_roles(columns: Columns, spec: TaskSpec, flags: ColumnFlags) -> ColumnRoles:
     """Return which columns are the input and the answer. Raise ValueError if that is unclear."""
-    roles = given_roles(spec, flags)
-    if roles.label:
-        columns.check_name(roles.label, "the task file's 'label_field' (default: label)")
-        roles = roles._replace(has_row_choices="choices" in columns)
-    roles = with_usual_columns(roles, columns)
+    given = given_roles(spec, flags)
+    if given.label:
+        columns.check_name(given.label, "the task file's 'label_field' (default: label)")
+        given = given._replace(has_row_choices="choices" in columns)
+    roles = with_usual_columns(given, columns)
     if roles.messages:
         if flags.labels:
             raise ValueError(
@@ -128,6 +128,8 @@ def assign_roles(columns: Columns, spec: TaskSpec, flags: ColumnFlags) -> Column
         return roles
     if flags.labels and roles.target:
         roles = roles._replace(target="", label=only_field(roles.target))
+    if roles.target and not given.target and has_verdicts(columns):
+        raise ValueError(explain_verdicts(columns, roles.target))
     if names_choices(spec, flags):
         roles = roles._replace(has_row_choices=False)
     return roles
@@ -160,8 +162,6 @@ def with_usual_columns(roles: ColumnRoles, columns: Columns) -> ColumnRoles:
         found = find_conversation(columns)
     if found is None:
         raise ValueError(explain(columns, needs_answer, used))
-    if needs_answer and has_verdicts(found, columns):
-        raise ValueError(explain_verdicts(columns, found))
     if found.is_conversation:
         return ColumnRoles(OWN_PROMPTS, messages=found.names[0])
     if needs_input:

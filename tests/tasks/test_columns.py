@@ -797,6 +797,8 @@ def test_texts_that_are_labelled_as_bad_are_not_learned_unnoticed(good, bad, tmp
         ("a", ["b"], 0),
         ("a", ["c"], 0),
     ]
+    picked = load(tmp_path, *rows, labels="b,c").columns
+    assert picked.startswith("reads prompt, picks completion among b, c;")
     rows[0]["Label"] = "a name"  # so the column says nothing about the texts
     assert load(tmp_path, *rows).columns.endswith("writes completion; ignores Label")
 
