@@ -3,8 +3,11 @@
 Nothing here depends on how long something takes.
 """
 
-import itertools
 import json
+import sys
+import time
+from concurrent.futures import wait
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from safetensors.torch import save_file
 
 import minia3
 from tests.benchmarks import __main__ as benchmarks
-from tests.benchmarks.jobs import answering, labelling
+from tests.benchmarks.jobs import answering, labelling, processes
 from tests.benchmarks.jobs.command import JOBS, MODELS, main
 from tests.benchmarks.jobs.inputs import Inputs, Setting
 from tests.benchmarks.jobs.processes import Runner, as_words, run_in_turns
@@ -67,37 +70,76 @@ def test_the_word_jobs_leads_to_the_jobs(capsys):
 # Turns
 
 
-def test_the_sides_take_turns_until_both_have_ended(tmp_path):
-    """Each writes its name every 10 ms. While one writes, the other is stopped."""
+# Writes its name three times, each time after the other has written as often, if it must wait.
+WRITE_NAME = """
+import sys, time
+from pathlib import Path
+file, name, other, must_wait = Path({file!r}), *sys.argv[1:]
+for i in range(3):
+    with file.open("a") as names:
+        names.write(name)
+    while must_wait == "yes" and file.read_text().count(other) <= i:
+        time.sleep(0.01)
+"""
+
+
+linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+@pytest.fixture
+def writers(tmp_path):
+    """Two sides that write their names into a file: (runners, function of must_wait, the file)."""
     file = tmp_path / "names"
     program = WRITE_NAME.format(file=str(file))
     runners = {name: Runner(Setting(threads=1), tmp_path) for name in ("a", "b")}
-    sides = {name: lambda runner, name=name: runner("-c", program, name) for name in runners}
-    times = run_in_turns(sides, runners, seconds_of_a_turn=0.25)
-    names = file.read_text()
-    assert names.count("a") == names.count("b") == 100
+
+    def sides(must_wait):
+        return {
+            "a": lambda runner: runner("-c", program, "a", "b", must_wait),
+            "b": lambda runner: runner("-c", program, "b", "a", must_wait),
+        }
+
+    return runners, sides, file
+
+
+@linux_only
+def test_the_sides_take_turns_until_both_have_ended(writers, monkeypatch):
+    """Neither could end alone. And while one has its turn, the other is stopped."""
+    runners, sides, file = writers
+    n_stopped = []
+
+    def wait_while_others_are_stopped(outcomes, seconds):
+        stopped = [runner.process for runner in runners.values() if runner.is_stopped]
+        for process in filter(None, stopped):
+            while state_of(process) not in STOPPED_OR_ENDED:
+                time.sleep(0.001)
+            n_stopped.append(1)
+        return wait(outcomes, seconds)
+
+    monkeypatch.setattr(processes, "wait", wait_while_others_are_stopped)
+    times = run_in_turns(sides("yes"), runners, seconds_of_a_turn=0.05)
+    assert sorted(file.read_text()) == [*"aaabbb"]
     assert times.keys() == runners.keys()
-    n_turns = len(list(itertools.groupby(names)))
-    assert n_turns > 4  # one after the other, there would be two
+    assert n_stopped
     assert all(runner.cpu_seconds > 0 for runner in runners.values())
 
 
-def test_one_side_after_the_other_has_one_turn_each(tmp_path):
-    file = tmp_path / "names"
-    program = WRITE_NAME.format(file=str(file))
-    runners = {name: Runner(Setting(threads=1), tmp_path) for name in ("a", "b")}
-    sides = {name: lambda runner, name=name: runner("-c", program, name) for name in runners}
-    run_in_turns(sides, runners, seconds_of_a_turn=None)
-    assert file.read_text() == "a" * 100 + "b" * 100
+STOPPED_OR_ENDED = ("T", "Z", "")
 
 
-WRITE_NAME = """
-import sys, time
-for _ in range(100):
-    with open({file!r}, "a") as file:
-        file.write(sys.argv[1])
-    time.sleep(0.01)
-"""
+def state_of(process):
+    """Return the letter that Linux has for the state of a process, or "" if it is gone."""
+    try:
+        stat = Path(f"/proc/{process.pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    return stat.rpartition(")")[2].split()[0]
+
+
+def test_without_turns_one_side_follows_the_other(writers):
+    runners, sides, file = writers
+    run_in_turns(sides("no"), runners, seconds_of_a_turn=None)
+    assert file.read_text() == "aaabbb"
 
 
 def test_a_side_that_fails_ends_the_other(tmp_path):

@@ -58,7 +58,7 @@ class Room:
         is_like_x = piece is not None and (piece.dtype, piece.device) == (x.dtype, x.device)
         if not is_like_x or len(piece) < size:
             piece = self.pieces[name] = x.new_empty(size)
-        # What the last state left may be NaN, which no mask hides.
+        # The last state may have left NaN here, and no mask hides NaN.
         placed = piece[:size].view(shape).fill_(empty)
         placed.narrow(axis, 0, x.shape[axis]).copy_(x)
         return placed
@@ -98,8 +98,8 @@ class StaticState(State):
     def make(cls, state, n_more, room, max_length=math.inf):
         """Return a state that continues `state` by at most `n_more` tokens, in a Room.
 
-        `state` must have read a token, so that its caches exist. It stays as it is. max_length:
-        columns beyond which none are added that are not needed.
+        `state` must have read a token, so that its caches exist. It stays as it is. max_length: the
+        number of columns is not rounded up beyond this.
         """
         # Rows that share columns get their own copies of them.
         state = state.select(torch.arange(len(state.start)))
@@ -161,7 +161,10 @@ class StaticState(State):
 
 
 def place_memory_bias(state, room):
-    """Return the bias that hides what is no source, and its number of columns; None, 0 in LLaMA."""
+    """Return the bias of cross-attention and its number of columns, or None and 0 in a LLaMA.
+
+    The bias hides the padding of the sources, and the columns that were added by rounding up.
+    """
     cross_kv = state.caches[0].cross_kv
     if cross_kv is None:
         return None, 0

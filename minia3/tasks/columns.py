@@ -231,9 +231,9 @@ def ordered_sets(
 
 
 def has_verdicts(columns: Columns) -> bool:
-    """Return whether a column says true of some rows and false of others, or false of all.
+    """Return whether the column `label` is true or false in each row, and false in some.
 
-    Files for KTO are so: prompt, completion, and whether the completion is good.
+    In files for KTO, it says whether the completion of a prompt is good.
     """
     if "label" not in columns:
         return False

@@ -780,15 +780,15 @@ def test_what_is_advised_for_pairs_of_answers_works(tmp_path):
 
 
 @pytest.mark.parametrize(("good", "bad"), [(True, False), ("True", "False")])
-def test_texts_that_are_labelled_as_bad_are_not_learned_unnoticed(good, bad, tmp_path):
+def test_answers_that_are_labeled_as_bad_are_not_learned_unnoticed(good, bad, tmp_path):
     """They were learned as if they were wanted, as the label was ignored."""
     rows = [
         {"prompt": "a", "completion": "b", "Label": good},
         {"prompt": "a", "completion": "c", "Label": bad},
     ]
     message = (
-        r"rows\.jsonl has texts to write, and the column 'Label' says false of some of them: leave "
-        r'those rows out, or learn all texts with --target "\{completion\}"\Z'
+        r"rows\.jsonl has answers to write, and its column 'Label' is false for some of them: "
+        r'leave those rows out, or learn all answers with --target "\{completion\}"\Z'
     )
     with pytest.raises(ValueError, match=message):
         load(tmp_path, *rows)

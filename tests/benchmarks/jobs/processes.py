@@ -66,10 +66,10 @@ class Outcome:
 class Runner:
     """Starts processes that see the same threads, the same caches and no network.
 
-    It runs one process at a time, which can be stopped, and let go on.
+    It runs one process at a time, which `stop` pauses and `go_on` continues.
     """
 
-    # Of all runners. Only who holds it starts a process, stops it, or sees that it has ended.
+    # All runners share it. It is held to start a process, to signal it, and to see if it has ended.
     lock = threading.Lock()
 
     def __init__(self, setting, cache):
@@ -117,7 +117,7 @@ class Runner:
         return returncode
 
     def stop(self):
-        """Let the process stop, and those that are started later."""
+        """Pause the process, and those that are started later."""
         self.is_stopped = True
         self.send(signal.SIGSTOP)
 
