@@ -143,9 +143,9 @@ def without_cudnn():
     """Return a context in which PyTorch does not choose cuDNN's attention.
 
     cuDNN prepares itself anew for each shape, half a second forward and half a second backward, and
-    the shapes of our batches differ, as does that of each token that is decoded. And its gradients
-    under a bias may be NaN if all scores of a query are below -88 (pytorch/pytorch#196678, and
-    NVIDIA/cudnn-frontend#1072 after that was mended).
+    the shapes of our batches differ, as does that of each token that is decoded. And cuDNN's
+    gradients under a bias may be NaN if all scores of a query are below -88
+    (pytorch/pytorch#196678, and NVIDIA/cudnn-frontend#1072 after that was fixed).
     """
     if torch.compiler.is_compiling():
         return sdpa_kernel(OTHER_KERNELS)  # which torch.compile understands, unlike the switch

@@ -1,13 +1,13 @@
 """The transformer block that T5 and LLaMA share, with (IA)^3 in its three places.
 
 Attention is two calls. `kv(memory)` makes keys and values, and this is where (IA)^3 scales them.
-`forward(x, kv)` asks questions of them. Self-attention is `kv` of its own input, cross-attention
-is `kv` of the encoder's output, and a cache is what `kv` is appended to. So no line here asks for
-the kind of attention or for the architecture. What differs between architectures is a number or a
+`forward(x, kv)` queries them. Self-attention is `kv` of its own input, cross-attention is `kv` of
+the encoder's output, and a cache is what `kv` is appended to. So no line here asks which kind of
+attention or which architecture it is. What differs between architectures is a number or a
 module at construction, or a tensor in the `Context` of a call (sequence_state.py).
 
 Shapes: B batch, L query length, M memory length, D model, H query heads, G key/value heads, K head
-width, F feed-forward. Outside of attention, a packed batch (packing.py) consists of rows of one
+width, F feed-forward. Outside attention, a packed batch (packing.py) consists of rows of one
 token each: then B counts tokens, and L is 1. A name without a suffix may be packed or not.
 """
 
@@ -20,7 +20,7 @@ from minia3.model.recompute import recompute, rms_norm
 
 ACTIVATIONS = {
     "relu": F.relu,
-    "gelu": nn.GELU(approximate="tanh").forward,  # of T5 v1.1; models would share a module
+    "gelu": nn.GELU(approximate="tanh").forward,  # of T5 v1.1; models would share one GELU module
     "silu": F.silu,
 }
 

@@ -51,7 +51,7 @@ class LlamaConfig:
     rope_scaling: tuple | None = None
     # The same scaling as GGUF stores it: the divisor of each inverse frequency
     rope_factors: tuple | None = None
-    max_length: int = 2048  # tokens of a text that it was made for; a longer one is a warning
+    max_length: int = 2048  # tokens of a text that it was made for; a longer one gives a warning
     dropout: float = 0.0  # of the attention weights only
     pad_id: int | None = None
     eos_ids: tuple = (2,)
@@ -121,7 +121,7 @@ class Llama(nn.Module):
         """Do what `model.to(...)` or `model.half()` asks for, but compute the frequencies again.
 
         In bfloat16, they would be off by up to 1/512, which is two positions after 1,000 tokens.
-        And `model.to_empty(...)` leaves any numbers in them, which no state dict replaces.
+        And `model.to_empty(...)` leaves arbitrary numbers in them, which no state dict replaces.
         """
         super()._apply(fn, recurse)
         self.make_frequency(self.frequency.device)
@@ -163,7 +163,7 @@ class Llama(nn.Module):
             self.run_blocks(read_BL, state, packing, kv_only=True)
             for cache in state.caches:
                 cache.kv = packing.padded_kv(cache.kv)
-                cache.length = state.length  # end to end, it was that of all rows together
+                cache.length = state.length  # for rows end to end, it was that of all rows
             state.mask_BM = mask_BL  # for the tokens that follow
         return state
 

@@ -15,7 +15,8 @@ import torch
 
 from minia3.model.to_device import to_device
 
-LEAST_COLUMNS = 64  # attention takes longer for shorter rows one by one than for all at once
+# Attention takes longer for shorter rows one by one than for all of them at once.
+LEAST_COLUMNS = 64
 
 
 class Packing:

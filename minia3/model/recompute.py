@@ -120,7 +120,7 @@ def scale_keeping_result(x_BLD, l_BD):
     which keeps nothing of them. There the result takes as much memory as x would.
 
     float16 has no number as small as TINY, torch.compile decides for itself what to keep, and x may
-    not be overwritten below a backward hook of the user: all three get the plain product.
+    not be overwritten if a backward hook of the user wraps it: all three get the plain product.
     """
     is_plain = x_BLD.dtype == torch.float16 or torch.compiler.is_compiling()
     if is_plain or not l_BD.requires_grad or is_view_of_function(x_BLD):
@@ -160,7 +160,7 @@ class _Scaled(torch.autograd.Function):
 def recompute_blocks(blocks):
     """Make each block keep only its input, and its keys and values, for the backward pass."""
     for block in blocks:
-        # A partial is copied and pickled with its arguments, so a copy of the block runs itself.
+        # A partial is copied and pickled with its arguments, so a copy of the block runs the copy.
         block.forward = partial(_recomputed_forward, block)
 
 

@@ -102,7 +102,7 @@ class Cache:
     def _make_room(self, n_filled):
         if self.kv[0].shape[2] < self.length:
             n_more = self.length - n_filled + SPARE_COLUMNS
-            # With gradients, because a later step may need those of the columns so far. Steps may
+            # Record gradients, because a later step may need those of the columns so far. Steps may
             # write into the room, because no backward pass reads it.
             with torch.inference_mode(False), torch.enable_grad():
                 self.kv = tuple(F.pad(x[:, :, :n_filled], (0, 0, 0, n_more)) for x in self.kv)
@@ -193,7 +193,7 @@ class State:
 
         So each step of decoding, in which every row has a single query, reads them faster.
         """
-        # With gradients, because a later step may need those of the source.
+        # Record gradients, because a later step may need those of the source.
         with torch.inference_mode(False), torch.enable_grad():
             for cache in self.caches:
                 padded = self.source_packing.padded_kv(cache.read_cross_kv())
@@ -230,7 +230,8 @@ class State:
         if self.n_sharing > 1:
             return self.select(torch.arange(len(self.start), device="cpu")).repeat(c)
         rows_R = torch.arange(len(self.start), device=self.start.device).repeat_interleave(c)
-        with torch.inference_mode(False), torch.enable_grad():  # the rows share them, too
+        # Record gradients, because a later step of any of the rows may need those of the columns.
+        with torch.inference_mode(False), torch.enable_grad():
             caches = [replace(cache, kv=cache.filled()) for cache in self.caches]
         if self.length == 0:
             # Nothing is cached yet, so there is nothing to share, and each row gets a cache row.

@@ -72,8 +72,8 @@ def shard(model, shards):
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
     from torch.distributed.fsdp import register_fsdp_forward_method as register
 
-    # Nothing may be added in place to an output that is a view. Only caches are written into, and
-    # only if there are no gradients.
+    # FSDP2 warns that an output that is a view must not be changed in place. Here, only caches are
+    # written into, and only if there are no gradients.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     policy = OffloadPolicy()
     if shards.offload:

@@ -3,9 +3,9 @@
     to_device        to the device
     start_reading    back to the CPU, so that only this copy is waited for
 
-What a GPU computes is a queue, and the CPU fills it ahead of time. A copy that the CPU waits for
-lets the queue run empty, because such a copy begins only when all work before it is done. A copy
-within the queue would let the GPU wait instead. So copies to a CUDA GPU have a queue (a stream) of
+A GPU works through a queue, which the CPU fills ahead of time. A copy that the CPU waits for lets
+the queue run empty, because such a copy begins only when all work before it is done. A copy within
+the queue would make the GPU wait instead. So copies to a CUDA GPU have a queue (a stream) of
 their own: the tensors of a batch arrive while the GPU still computes the batch before.
 """
 
@@ -17,7 +17,7 @@ import torch
 
 @contextmanager
 def cpu_as_default():
-    """In this context, tensors are made on the CPU if nothing else is said.
+    """In this context, tensors are made on the CPU unless another device is given.
 
     In PyTorch this is so unless torch.set_default_device was called. Only then is it changed here,
     because this slows down each operation.
