@@ -32,7 +32,7 @@
 # %% [markdown]
 # Names of tensors end in their shape: `x_LD` has L rows and D columns. The letters are B (rows
 # of a batch), L (tokens that read), M (tokens that are read), D (width of the model), F (width
-# inside of a feed-forward), H (heads), K (width of a head), P (pairs of its entries), V
+# inside a feed-forward), H (heads), K (width of a head), P (pairs of its entries), V
 # (vocabulary), N (examples), C (choices) and A (adapters).
 
 # %%
@@ -156,8 +156,8 @@ assert gap(sums_L, torch.ones(4)) < 1e-6
 # by token. LLaMA has one part, which reads a prompt and continues it. Each part is a stack of
 # blocks.
 #
-# A real attention has several *heads*. Queries, keys and values are cut into slices of width K,
-# each slice attends separately, and a fourth matrix $W_o$ mixes what the heads have read.
+# A real attention layer has several *heads*. Queries, keys and values are cut into slices of width
+# K, each slice attends separately, and a fourth matrix $W_o$ mixes what the heads have read.
 #
 # minia3 has one class `Attention` for both architectures. It works in two calls: `kv` makes keys
 # and values of a memory, and `forward` queries them. In self-attention, the memory is the
@@ -267,8 +267,8 @@ assert abs(score - other_score) > 1e-2
 # has a third matrix: $3 D^2 + 3 D F$ = 12,288 + 36,864 = 49,152.
 
 # %%
-# An attention takes D, heads, key/value heads, K and the scale of the scores.
-# A feed-forward takes D, F and sigma.
+# `Attention` takes D, heads, key/value heads, K and the scale of the scores.
+# `FeedForward` takes D, F and sigma.
 t5_attention = Attention(64, 4, 4, 16, 1.0, dropout=0.0, n_adapters=1)
 t5_feed_forward = FeedForward(64, 192, "relu", gated=False, dropout=0.0, n_adapters=1)
 t5_block = Block(t5_attention, None, t5_feed_forward, d_model=64, eps=1e-6, dropout=0.0)
@@ -372,11 +372,11 @@ assert gap(scaled_LD, l_v * out_LD) < 1e-6
 # %% [markdown]
 # In minia3 a vector is a module, `IA3`, and exactly three lines of `blocks.py` apply the paper's
 # vectors. A vector starts at one. **Predict:** a vector of ones changes nothing, and not only
-# approximately. In floating point $1 \cdot x$ is $x$ *to the bit*, so training starts from an exact
-# copy of the pre-trained model. We check it on the embedded model, a T5 of 218,112 parameters: with
-# its vectors of ones, and with all vectors taken out, it gives the same bits. (`source` is any
-# text. `start` reads it, and `step` returns the *logits*, a score for each of the 320 tokens of the
-# vocabulary to come next. We keep `base`, the model without vectors, for later.)
+# approximately. In floating point $1 \cdot x$ is $x$ *bit for bit*, so training starts from an
+# exact copy of the pre-trained model. We check it on the embedded model, a T5 of 218,112
+# parameters: with its vectors of ones, and with all vectors taken out, it gives the same bits.
+# (`source` is any text. `start` reads it, and `step` returns the *logits*, a score for each of the
+# 320 tokens of the vocabulary to come next. We keep `base`, the model without vectors, for later.)
 
 # %%
 from minia3.model.ia3 import IA3
@@ -408,7 +408,7 @@ names = [name for name, module in base.named_modules() if isinstance(module, IA3
 for name in names:
     base.set_submodule(name, Nothing())
 is_same = torch.equal(first_logits(base, source), logits)
-print(len(names), "vectors taken out; to the bit the same:", is_same)
+print(len(names), "vectors taken out; the same bits:", is_same)
 assert is_same
 
 # %% [markdown]
@@ -419,9 +419,9 @@ assert is_same
 # $$n_{enc}(2a + F) + n_{dec}(4a + F).$$
 #
 # **Predict.** The embedded model has 2 + 2 layers, $a$ = 64 and F = 192:
-# $2 \cdot 320 + 2 \cdot 448$ = **1,536**, or 0.7 % of its parameters. t5-base has 12 + 12 layers,
-# $a$ = 768 and F = 3,072: $12 \cdot 4{,}608 + 12 \cdot 6{,}144$ = **129,024**, or 0.06 %.
-# `build_model` builds a model of shapes alone, so nothing is downloaded.
+# $2 \cdot 320 + 2 \cdot 448$ = **1,536**, or 0.7% of its parameters. t5-base has 12 + 12 layers,
+# $a$ = 768 and F = 3,072: $12 \cdot 4{,}608 + 12 \cdot 6{,}144$ = **129,024**, or 0.06%.
+# `build_model` builds a model that has shapes but no weights, so nothing is downloaded.
 
 # %%
 from minia3.checkpoints.load import build_model
@@ -519,8 +519,8 @@ def accuracy(model, rows):
 
 # %% [markdown]
 # **Predict.** Unasked, the model can only guess. Half of the labels are "yes", so guessing is
-# right in 50 % of 1,024 rows, with a standard deviation of $\sqrt{0.25 / 1024}$ = 1.6 points: we
-# expect 45 to 55 %. But if we *do* ask, by adding the words "same colour ?", it answers nearly
+# right in 50% of 1,024 rows, with a standard deviation of $\sqrt{0.25 / 1024}$ = 1.6 points: we
+# expect 45 to 55%. But if we *do* ask, by adding the words "same colour ?", it answers nearly
 # everything right, because it was trained on that. **The knowledge is there. What is missing is
 # the question**, and this is what (IA)^3 will have to supply.
 
@@ -561,7 +561,7 @@ assert start > 2 * LOG_2
 # Now the training loop. It is the usual one: draw rows, compute the loss, get gradients, take a
 # step, and let the learning rate fall to 0. `minia3.freeze` leaves only the vectors trainable. The
 # optimizer is Adafactor, as in the paper: its step is *relative*, so at a rate of 0.01 a step moves
-# a vector by at most 1 % of its size (in the root mean square, RMS).
+# a vector by at most 1% of its size (in the root mean square, RMS).
 
 # %%
 from minia3.training.optimizer import Adafactor
@@ -589,9 +589,9 @@ trainable = list(minia3.vectors(model).values())
 losses = train(model, Adafactor(trainable, 0.01))
 
 # %% [markdown]
-# **Predict.** 300 steps of 16 rows are about nine passes over 512 rows. If scaling suffices to
-# put the question, accuracy on the *test* rows rises from 50 % to nearly what the model reached
-# when it was asked: above 95 %. The loss ends far below $\log 2$, which no guess can reach.
+# **Predict.** 300 steps of 16 rows are about nine passes over 512 rows. If scaling is enough to
+# ask the question, accuracy on the *test* rows rises from 50% to nearly what the model reached
+# when it was asked: above 95%. The loss ends far below $\log 2$, which no guess can reach.
 
 
 # %%
@@ -608,7 +608,8 @@ assert trained > 0.95
 assert loss_at_end < LOG_2 / 5
 
 # %% [markdown]
-# The loss of each step, between the two guesses that we predicted.
+# The figure shows the loss of each step. The horizontal lines are the losses of the two guesses
+# that we predicted.
 
 # %%
 figure, ax = plt.subplots(figsize=(6.5, 3))
@@ -622,7 +623,7 @@ plt.show()
 # %% [markdown]
 # 1,536 factors were enough. The model could compare colours before, and the factors make it do so
 # unasked. As a check: with an *untrained* base, which has nothing to redirect, they end at
-# 48 to 50 % (`data/README.md`). T-Few, the recipe of the paper, takes the mean over the tokens of a
+# 48 to 50% (`data/README.md`). T-Few, the recipe of the paper, takes the mean over the tokens of a
 # choice in this loss, and adds two others. `minia3.training.losses` has them, and `python train.py`
 # uses them.
 
@@ -722,7 +723,7 @@ assert max(differences) < 1e-4
 # `minia3.merge` returns a new model with ordinary weights and vectors of ones, which computes
 # what the adapted model computes, at the cost of the base. **Predict.** On paper both are equal.
 # In a computer, rounding happens at different places. A float64 has 53 bits, so one rounding costs
-# about $2^{-53} \approx$ 1e-16 of a number. The scores are about 10, and some hundred roundings
+# about $2^{-53} \approx$ 1e-16 of a number. The scores are about 10, and about 100 roundings
 # follow each other: we expect 1e-14 to 1e-13, and certainly less than 1e-12. On the way we save the
 # adapter and load it again: 1,536 parameters of 4 bytes are 6,144 bytes, and the file also has a
 # header with their names, in the format of PEFT.
@@ -776,7 +777,7 @@ assert difference_of_pairs < 1e-12
 #
 # As a stand-in for eight tasks, we make eight adapters on the way from the base to our trained
 # one: row $a$ is $1 + \frac{a}{7}(l - 1)$. Then we put *one* text eight times into *one* batch, a
-# text that the base gets wrong. **Predict:** row 0 answers wrongly, row 7 answers right, and
+# text that the base gets wrong. **Predict:** row 0 gives the wrong answer, row 7 the right one, and
 # somewhere between them the sign of the score changes.
 
 # %%
@@ -803,9 +804,9 @@ assert right_minus_wrong_A[7] > 0
 
 # %% [markdown]
 # Does a mixed batch give what separate batches give? On paper, yes: no row reads another row's
-# text or vectors. **Predict.** Matrix products of other sizes may add in another order. A float32
-# has 24 bits: one rounding of a score of about 10 costs $10 \cdot 2^{-24} \approx$ 6e-7, some
-# hundred of them perhaps ten times as much: about 1e-5, and less than 1e-4. In float64 it shrinks
+# text or vectors. **Predict.** Matrix products of other sizes may add in a different order. A
+# float32 has 24 bits: one rounding of a score of about 10 costs $10 \cdot 2^{-24} \approx$ 6e-7,
+# and 100 of them perhaps ten times as much: about 1e-5, and less than 1e-4. In float64 it shrinks
 # by $2^{29}$: below 1e-12.
 
 # %%
@@ -928,7 +929,7 @@ assert slow_accuracy < trained - 0.05
 assert lora_accuracy > 0.95
 
 # %% [markdown]
-# As predicted: at the paper's rate the vectors are still on their way, and LoRA has long arrived.
+# As predicted: at the paper's rate the vectors are still moving, and LoRA arrived long ago.
 # This is a matter of the rate, not a limit of the method on this task.
 
 # %%
@@ -955,8 +956,8 @@ plt.show()
 #   enough, because the base knew how to compare colours.
 # - Choose the learning rate first. On small models the paper's 0.003 is too slow. The longer
 #   [studies](studies.md) of the embedded model say the same of a harder task: "same colour or
-#   same place, but not both" stays at 50 % at 0.003 and reaches 97 % at 0.03. LoRA's median over
-#   five seeds is 91 %.
+#   same place, but not both" stays at 50% at 0.003 and reaches 97% at 0.03. LoRA's median over
+#   five seeds is 91%.
 # - All of this is one tiny model and one language of 56 words. It shows how the method works. It
 #   does not show how well the method works on your task.
 #

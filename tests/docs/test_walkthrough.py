@@ -59,8 +59,8 @@ def test_the_notebook_has_the_cells_of_the_source():
 def test_what_the_walkthrough_says_of_the_studies_is_what_they_say():
     text = " ".join(read_cells(SOURCE)[-1][1].split())
     said = re.search(
-        r"stays at (\d+) % at 0.003 and reaches (\d+) % at 0.03. "
-        r"LoRA's median over five seeds is (\d+) %",
+        r"stays at (\d+)% at 0.003 and reaches (\d+)% at 0.03. "
+        r"LoRA's median over five seeds is (\d+)%",
         text,
     )
     studies = (DOCS / "studies.md").read_text(encoding="utf-8")
