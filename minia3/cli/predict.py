@@ -413,13 +413,12 @@ class Prediction:
 
     def select(self, row_input, result, columns):
         """Return a dict from the name of each column to its value for a row."""
-        from minia3.inference.prediction import MIXED
-
         if not columns:
             return result
         # The row has texts in place of the file's numbers, but also names that the file lacks.
         fields = row_input.file_row | row_input.row | row_input.file_row
-        fields |= dict.fromkeys(MIXED) | result
+        # A result may lack a field that others have. A field that none has is the file's own.
+        fields |= dict.fromkeys(self.forms.csv_columns) | result
         if fields.get("adapter") is None:
             fields["adapter"] = row_input.adapter
         for field in columns.values():
