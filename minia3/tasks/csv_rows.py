@@ -38,12 +38,22 @@ def read_cell_rows(
 ) -> Iterator[tuple[int, dict | ValueError]]:
     """Yield (line number, row or error) for each row of a .csv or .tsv file.
 
+    A row of empty cells is left out at the end of the file, where a spreadsheet writes many. Before
+    other rows it counts, because otherwise the results of those would stand a row too high.
+
     keep_empty: an empty cell is an empty text, and not missing; and spaces before a quote stay.
     """
     lines = LineReader(file)
     header, records = open_cells(lines, suffix, skips_spaces=not keep_empty)
     parse = partial(parse_cells, header=header, keep_empty=keep_empty)
-    yield from number_rows(lines, records, parse)
+    empty_rows = []
+    for number, row in number_rows(lines, records, parse):
+        if len(header) > 1 and isinstance(row, dict) and not any(row.values()):
+            empty_rows.append((number, row))
+            continue
+        yield from empty_rows
+        empty_rows.clear()
+        yield number, row
 
 
 def read_header(file: BinaryIO, suffix: str) -> list[str]:
@@ -172,10 +182,12 @@ def take_header(records: Iterator[list[str]]) -> list[str]:
 
 def parse_cells(cells: list[str], header: list[str], keep_empty: bool) -> dict | None:
     """Return a row, or None if there is nothing in the line."""
-    # In a file with a single column, "" is an empty cell. An empty line has no cell at all.
-    is_row = len(header) == 1 and cells == [""]
-    if not is_row and not any(map(str.strip, cells)):
-        return None
+    if not any(map(str.strip, cells)):
+        # In a file with a single column, "" is an empty cell. An empty line has no cell at all.
+        has_all_cells = len(cells) == len(header)
+        if not has_all_cells or (len(header) == 1 and cells != [""]):
+            return None
+        cells = [""] * len(header)
     if cells == header:
         raise ValueError("found the header again, expected a row: remove this line")
     if len(cells) != len(header):

@@ -61,6 +61,7 @@ def test_a_csv_file_has_the_same_rows_as_the_jsonl_file(tmp_path):
             },
         ),
         (6, {"input": "é \u2028", "choices": "one", "label": "-1", "adapter": "1", "idx": "x"}),
+        (7, {}),
         (8, {"input": "1"}),
     ]
 
@@ -551,5 +552,16 @@ def test_an_empty_text_of_a_file_with_one_column_is_a_row_and_a_blank_line_is_no
     path.write_text('text\na\n\n""\n  \nb\n')
     assert list(read_rows(path)) == [(2, {"text": "a"}), (4, {}), (6, {"text": "b"})]
     assert dict(read_rows(path, keep_empty=True))[4] == {"text": ""}
-    path.write_text('text,label\na,x\n,\n\n""\nb,y\n')  # a spreadsheet writes such lines
-    assert [number for number, _ in read_rows(path)] == [2, 6]
+    path.write_text('text,label\na,x\n\n""\nb,y\n')  # neither line has two cells
+    assert [number for number, _ in read_rows(path)] == [2, 5]
+
+
+@pytest.mark.parametrize("end", ["", ",\n , \n"], ids=["", "rows of empty cells at the end"])
+def test_a_row_of_empty_cells_counts_if_another_row_follows(tmp_path, end):
+    """pandas writes it for a row of missing values, and a spreadsheet writes many at the end."""
+    path = tmp_path / "rows.csv"
+    path.write_text(f"text,label\n,\na,x\n , \n,\nb,y\n{end}")
+    rows = [(2, {}), (3, {"text": "a", "label": "x"}), (4, {}), (5, {})]
+    assert list(read_rows(path)) == [*rows, (6, {"text": "b", "label": "y"})]
+    assert dict(read_rows(path, keep_empty=True))[4] == {"text": "", "label": ""}
+    assert column_names(path) == ["text", "label"]
