@@ -20,6 +20,7 @@ import numpy as np
 
 from minia3.files.read import read_json
 from minia3.model.costs import flops
+from minia3.tasks.split_files import short_name
 from minia3.training.choices import CHAT_TEMPLATE, TRAINED
 from minia3.training.config_file import NOT_FLAGS
 from minia3.training.metrics_file import read_metrics
@@ -380,7 +381,7 @@ def select_flags(run, final):
             names -= {"shots"}
     flags = {name: value for name, value in values.items() if name in names}
     if is_mixture(run.config):
-        flags["mixture"] = "+".join(Path(task).stem for task in run.config["task"])
+        flags["mixture"] = "+".join(short_name(task) for task in run.config["task"])
     elif flags.get("adapters") == "one":
         flags["adapters"] = "each"  # which is the same for a single task
     # A run that was made longer had another learning rate than one that was as long at once.

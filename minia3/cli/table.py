@@ -168,7 +168,7 @@ def average_of(cells):
 
 def task_order(column):
     """Return a sort key: the paper's tasks in its order, and then the others by name."""
-    task = column.partition(" (")[0]
+    task = re.split(r" [(\[]", column)[0]  # without its metric, its split and a digest of its data
     place = len(PAPER_TASKS)
     if task in PAPER_TASKS:
         place = PAPER_TASKS.index(task)

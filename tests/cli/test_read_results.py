@@ -168,6 +168,18 @@ def test_mixtures_of_different_tasks_have_different_labels(tmp_path):
     assert {*labels(tmp_path)} == {"ia3, mixture rte+cb", "ia3, mixture rte+copa"}
 
 
+def test_mixtures_have_the_names_that_their_tasks_have_in_reports(tmp_path):
+    """Both had the names `rte+task`, or `reviews`, so different mixtures shared a row."""
+    for number, paths in enumerate((("rte", "x/task.json"), ("rte", "y/task.json"))):
+        make_run(tmp_path / str(number), [{"task": "rte"}], task=list(paths), adapters="one")
+    assert {*labels(tmp_path)} == {"ia3, mixture rte+x", "ia3, mixture rte+y"}
+    for number, path in enumerate(("d/reviews.v1", "d/reviews.v2")):
+        task = [path, "d/rows.jsonl"]
+        make_run(tmp_path / "folders" / str(number), [{"task": "x"}], task=task, adapters="one")
+    expected = {"ia3, mixture reviews.v1+rows", "ia3, mixture reviews.v2+rows"}
+    assert {*labels(tmp_path / "folders")} == expected
+
+
 # Data
 
 

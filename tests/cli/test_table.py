@@ -82,6 +82,10 @@ def test_tasks_are_in_the_paper_s_order_and_the_others_follow_by_name(tmp_path):
     expected += ["boolq", "raft/overruling (macro_f1)", "sst2"]
     (row,), _ = table_rows([tmp_path])
     assert list(row.cells) == expected
+    make_run(tmp_path / "other rte", task="rte", seed=1, data={"rte/train.jsonl": "ab"})
+    (row,), _ = table_rows([tmp_path])
+    names = [name.partition(" [")[0] for name in row.cells]
+    assert names == ["copa", "rte", *expected[1:]]
 
 
 # Rows
