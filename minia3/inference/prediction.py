@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minia3.files.ahead import read_ahead
+from minia3.files.messages import plural
 from minia3.files.processes import dividing
 from minia3.files.read import reading
 from minia3.inference.decoding import generate
@@ -204,9 +205,9 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
 
     forms: Forms. adapters: an Adapters. default: the adapter of rows that name none; if it is None,
     and there are adapters, the column `adapter` holds their names. Answers in the file are not
-    read. Warn after the last row of columns that are empty in some. Raise ValueError, "path:line:
-    reason", at the first wrong row, and before the first row if no row of the file has the column
-    `adapter`, which must name the adapters.
+    read. Warn after the last row of columns that are empty in some rows, and of inputs that were
+    cut. Raise ValueError, "path:line: reason", at the first wrong row, and before the first row if
+    no row of the file has the column `adapter`, which must name the adapters.
     """
     # In a published task, an empty text is a text.
     keep_empty = forms.default is not None and forms.default.spec.is_published
@@ -218,6 +219,7 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
             f"give one of them ({', '.join(adapters):.200}), or name one in each row"
         )
     n_empty = Counter()
+    n_cut = 0
     for n, (line_number, file_row) in enumerate(read_rows(path, keep_empty)):
         with reading(f"{path}:{line_number}"):
             if isinstance(file_row, ValueError):
@@ -229,32 +231,38 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
             may_lack = columns.that_row_may_lack(file_row, spec, name)
             row = normalize_row(file_row, spec, PREDICTED, n, may_lack)
             columns.check(file_row, spec, name)
-            rendered, example = encode_input(row, spec, prompt, tokenizer, limits)
+            rendered, example, was_cut = encode_input(row, spec, prompt, tokenizer, limits)
+            n_cut += was_cut
             check_tokens(rendered, example)
             check_example(example, adapters.model, tokenizer)
             warn_of_equal_choices(example, rendered.choices)
             if not spec.is_published:
                 n_empty.update(empty_columns(row, prompt))
         yield Input(row, rendered, example, spec.labels, name, file_row)
-    for note in describe_empty(n_empty):
+    notes = describe_empty(n_empty)
+    if n_cut:
+        notes.append(
+            f"{n_cut} {plural(n_cut, 'input')} cut to {limits.source} tokens (--max-length)"
+        )
+    for note in notes:
         warnings.warn(note, stacklevel=1)
 
 
 def encode_input(row, spec, prompt, tokenizer, limits):
-    """Return the Rendered and the Example of a row. Without choices, it is a text to continue.
+    """Return the Rendered and the Example of a row, and whether its input was cut.
 
-    Raise ValueError if a choice is too long.
+    Without choices, it is a text to continue. Raise ValueError if a choice is too long.
     """
     answer = spec.answer_of(row)
     if answer == "messages":
         return encode_question(row, tokenizer, limits.source)
     pairs = [(row, without_target(prompt, row))]
-    (rendered,), (example,), _ = encode_rows(pairs, tokenizer, limits.source, end=False)
+    (rendered,), (example,), n_cut = encode_rows(pairs, tokenizer, limits.source, end=False)
     if answer == "target":
         rendered = rendered._replace(choices=[])
     if rendered.choices:
         example, _ = fit_targets(example, limits.target, are_choices=True)
-    return rendered, example
+    return rendered, example, n_cut > 0
 
 
 def reads_adapter(row, forms, default):

@@ -61,13 +61,14 @@ def encode_rows(
     return rendered_rows, examples, n_cut
 
 
-def encode_question(row: dict, tokenizer, max_length: int) -> tuple[Rendered, Example]:
+def encode_question(row: dict, tokenizer, max_length: int) -> tuple[Rendered, Example, bool]:
     """Encode a row of messages as a source that is to be answered, within `max_length` tokens.
 
-    An answer at the end is left out. There are no choices and no targets.
+    An answer at the end is left out. There are no choices and no targets. The bool says whether the
+    conversation was cut.
     """
-    ids = fit_question(row, tokenizer, max_length)
-    return Rendered(tokenizer.decode(ids), [], -1), Example(ids, [], -1)
+    ids, was_cut = fit_question(row, tokenizer, max_length)
+    return Rendered(tokenizer.decode(ids), [], -1), Example(ids, [], -1), was_cut
 
 
 def encode_chat(row: dict, tokenizer, max_length: int) -> tuple[Rendered, Example, bool]:

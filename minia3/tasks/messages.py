@@ -130,8 +130,9 @@ def fit_chat(row: dict, tokenizer, max_length: int):
     return encoded, fitted is not messages
 
 
-def fit_question(row: dict, tokenizer, max_length: int) -> list[int]:
-    """Return the ids of a conversation up to the place where its last answer begins.
+def fit_question(row: dict, tokenizer, max_length: int) -> tuple[list[int], bool]:
+    """Return the ids of a conversation up to the place where its last answer begins, and whether it
+    was cut.
 
     A conversation of more than `max_length` tokens loses as few of its oldest turns as possible.
     Raise ValueError if the last question does not fit.
@@ -151,7 +152,7 @@ def fit_question(row: dict, tokenizer, max_length: int) -> list[int]:
             f"the last question has {len(ids)} tokens and does not fit into max_length "
             f"{max_length}: raise max_length"
         )
-    return ids
+    return ids, len(fitted) < len(messages)
 
 
 def shorten(messages: list[dict], kept: int, count_tokens: Callable, max_length: int) -> list[dict]:

@@ -79,7 +79,10 @@ def result_line(config, final):
     """Return the line of one result among several: its name, and what came out."""
     name, key, form = figure_of(final["metric"])
     figure = with_commonest(final, format_figure(config, final, key, form))
-    return result_name(config, final), f"{name} {figure}, {final['steps']} steps"
+    line = f"{name} {figure}, {final['steps']} steps"
+    if final["rows_cut"]:
+        line += f", {final['rows_cut']} of {final['rows']} rows cut to {config.max_length} tokens"
+    return result_name(config, final), line
 
 
 def result_name(config, final):

@@ -223,6 +223,10 @@ def test_a_long_input_loses_its_middle(tmp_path, capsys):
         capsys, running.model("t5"), write(tmp_path / "r.jsonl", [row, short]), "--max-length", 4
     )
     assert results[0]["scores"] == results[1]["scores"]
+    words = [running.model("t5"), tmp_path / "r.jsonl", "--max-length", 4]
+    capsys.readouterr()
+    predict(*words)
+    assert capsys.readouterr().err == "minia3: 1 input cut to 4 tokens (--max-length)\n"
 
 
 # Adapters by row
@@ -717,6 +721,27 @@ def test_the_answer_of_the_file_is_still_a_column_of_the_results(row, tmp_path, 
     write(file, [row])
     (found,) = predicted(capsys, *words, "input,target,output")
     assert found == {**answered[0], "target": "w9"}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_column_of_the_file_stays_if_no_result_has_one_of_its_name(suffix, tmp_path, capsys):
+    """It was null in every row, because the results of other rows might have had such a column."""
+    ranked = ["--input", "{prompt}", "--labels", "w3,w4", "--columns", "output,label"]
+    (tmp_path / "ranked.csv").write_text("prompt,output,label\nw5,first,w4\nw6,,w4\n")
+    out = tmp_path / f"out{suffix}"
+    predict(running.model("t5"), tmp_path / "ranked.csv", *ranked, "--out", out)
+    found = out.read_text().splitlines()[-2:]
+    labels = predicted(capsys, running.model("t5"), tmp_path / "ranked.csv", *ranked)
+    assert [row["output"] for row in labels] == ["first", None]
+    assert {type(row["label"]) for row in labels} == {int}
+    if suffix == ".csv":
+        assert found == [f"first,{labels[0]['label']}", f",{labels[1]['label']}"]
+    else:
+        assert [json.loads(line) for line in found] == labels
+    # If it is not known before how rows are answered, the column is that of the results.
+    (tmp_path / "any.jsonl").write_text('{"input": "w3", "output": "w9", "choices": ["w4", "w5"]}')
+    words = [running.model("t5"), tmp_path / "any.jsonl", "--columns", "output"]
+    assert predicted(capsys, *words) == [{"output": None}]
 
 
 def test_an_empty_cell_is_not_filled_by_a_column_that_is_not_read(tmp_path, capsys):

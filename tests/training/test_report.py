@@ -136,6 +136,11 @@ def test_in_context_learning_prints_its_shots(capsys):
 def test_inputs_that_were_cut_are_counted(capsys):
     title, _ = lines_of(capsys, train.Config(max_length=99), {"rows_cut": 7})
     assert title == "rte: 277 rows of test, 7 of them cut to 99 tokens"
+    several = train.Config(seed=(0, 1), max_length=99)
+    finals = [{"adapter": "s0", "rows_cut": 7}, {"adapter": "s1"}]
+    _, lines = lines_of(capsys, several, *finals)
+    assert lines["s0"].endswith(" steps, 7 of 277 rows cut to 99 tokens")
+    assert lines["s1"].endswith(" steps")
 
 
 @pytest.mark.parametrize(
