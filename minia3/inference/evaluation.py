@@ -91,7 +91,7 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
     pairs, n_shots = with_shots(rows, prompt, shots, tokenizer, max_length)
     is_ranked = metric in CHOICE_METRICS
     rendered, examples, n_cut = encode_rows(pairs, tokenizer, max_length, end=not is_ranked)
-    check_targets(metric, rows, rendered)
+    check_answers(metric, rows, prompt, rendered)
     if metric in TEXT_METRICS:
         sources = [example._replace(targets=[]) for example in examples]
         check_examples(rows, sources, model, tokenizer)  # the model does not read the targets
@@ -168,14 +168,21 @@ def check_label(name, row, n_choices):
         raise ValueError(f"{found}, expected {EXPECTED_ROW}")
 
 
-def check_targets(metric, rows, rendered):
-    """Raise ValueError if a metric of targets is given for a row with several choices.
+def check_answers(metric, rows, prompt, rendered):
+    """Raise ValueError if a metric of choices is given for a row with a target, or the other way.
 
-    The first choice would be taken for the target.
+    The target would be the only choice, and always right. The first choice would be the target.
     """
-    if metric in CHOICE_METRICS:
-        return
     for row, texts in zip(rows, rendered, strict=True):
+        if metric in CHOICE_METRICS:
+            has_own_choices = not prompt.target and "choices" in row
+            if not prompt.choices and not has_own_choices:
+                metrics = " or ".join((*TEXT_METRICS, INVERSE_PERPLEXITY))
+                raise ValueError(
+                    f"row {row['idx']} has a target, expected choices for the metric {metric}: "
+                    f"give {metrics}, or rows with choices"
+                )
+            continue
         n_choices = len(texts.choices)
         if n_choices > 1:
             raise ValueError(

@@ -531,6 +531,19 @@ def test_a_metric_of_targets_refuses_rows_with_choices(ours, metric):
         evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric=metric)
 
 
+@pytest.mark.parametrize("metric", ["accuracy", "macro_f1"])
+def test_a_metric_of_choices_refuses_rows_with_a_target(ours, metric):
+    """The target was the only choice, and so it was always right."""
+    (row,) = numbered(rows_of(1, (2,)))
+    written = {"input": row["input"], "target": "w8", "label": 0}
+    message = f"^row 1 has a target, expected choices for the metric {metric}: give exact_match or "
+    with pytest.raises(ValueError, match=message):
+        evaluate(ours.model, ours.tokenizer, [row, written], PROMPT, metric=metric)
+    with_target = PROMPT._replace(target="{input}")
+    with pytest.raises(ValueError, match=r"^row 0 has a target, "):
+        evaluate(ours.model, ours.tokenizer, [row | {"label": 0}], with_target, metric=metric)
+
+
 # In-context learning
 
 
