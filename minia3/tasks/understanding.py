@@ -257,6 +257,9 @@ def describe_answer(columns: Columns, roles: ColumnRoles, labels: Labels) -> str
     own_choices = roles.prompts[0].choices or ()
     if roots_of(own_choices):
         return f"picks {list_in_file(columns, [roles.label])} among {list_names(own_choices)}"
+    words = choice_words(roles.prompts[0])  # a task file's own, if it has some
+    if len(words) == len(labels.words):
+        labels = labels._replace(words=tuple(words))
     text = f"picks {list_in_file(columns, [roles.label])} among {labels.describe()}"
     if labels.are_digits:
         text += " (--labels WORD,WORD gives them words)"

@@ -1,5 +1,6 @@
 """A label is a word, an integer or a boolean, and means one of the choices."""
 
+import json
 import math
 
 import pytest
@@ -152,6 +153,26 @@ def test_the_names_of_a_class_label_are_the_words(tmp_path):
     assert note not in task.notes
     named = load_task(tmp_path / "rows.parquet", labels="x,y,z")
     assert named.columns == "reads text, picks label among x (0), y (1), z (2)"
+
+
+@pytest.mark.parametrize(
+    ("values", "choices", "shown"),
+    [
+        (["0", "1"], ["no", "yes"], "no (0), yes (1)"),
+        (["true", "false"], ["yes", "no"], "yes (false), no (true)"),
+        (["no", "yes"], ["no", "yes"], "no, yes"),
+    ],
+)
+def test_the_words_of_a_task_file_are_shown_beside_the_labels_that_they_stand_for(
+    values, choices, shown, tmp_path
+):
+    """The line showed the labels alone, and so hid words in the wrong order."""
+    entry = {"choices": choices, "prompts": [{"text": "{text}"}]}
+    (tmp_path / "task.json").write_text(json.dumps(entry))
+    rows = "".join(f"w{n},{values[n % 2]}\n" for n in range(6))
+    (tmp_path / "train.csv").write_text(f"text,label\n{rows}")
+    (tmp_path / "test.csv").write_text(f"text,label\n{rows}")
+    assert load_task(tmp_path).columns == f"reads text, picks label among {shown}"
 
 
 def test_a_label_that_train_has_not_is_an_error_with_its_line(tmp_path):
