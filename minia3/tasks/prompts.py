@@ -91,7 +91,7 @@ def render(prompt: Prompt, row: dict) -> Rendered:
         # The tokenizer puts a space before the target, and some files have it already.
         choices = [fill(prompt.target, fields).strip()]
     elif "choices" in row:
-        choices = row["choices"]
+        choices = [choice.strip() for choice in row["choices"]]
     else:
         choices = [fill("{target}", fields)]
     text = fill(prompt.text, fields)

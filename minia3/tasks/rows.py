@@ -390,7 +390,7 @@ def check_own_answer(row: dict, split: str, in_file: Container[str]):
 def are_choices(value) -> bool:
     if not isinstance(value, list) or not value:
         return False
-    return all(map(is_text, value)) and len(set(value)) == len(value)
+    return all(map(is_text, value)) and len(set(map(str.strip, value))) == len(value)
 
 
 def normalize_conversation(row: dict, split: str):

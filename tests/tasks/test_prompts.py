@@ -14,6 +14,7 @@ from task_files import REAL, needs_real_data
 from minia3.tasks.format_strings import can_name
 from minia3.tasks.known_tasks import known_tasks
 from minia3.tasks.prompts import OWN_PROMPTS, Prompt, fit, for_family, render
+from minia3.tasks.rows import are_choices
 from minia3.tasks.splits import load_task
 
 COPA = {
@@ -83,6 +84,13 @@ def test_white_space_before_an_empty_field_at_the_end_is_left_out_and_no_other(t
     row = {"instruction": "a", "input": "b", "label": 0}
     assert render(prompt, row).input == filled
     assert render(prompt, row | {"input": ""}).input == empty
+
+
+def test_the_choices_of_a_row_have_no_spaces_at_their_ends_as_those_of_a_csv_file_have_none():
+    """A space at the end is a token, so the same choices had other scores in a file of JSON."""
+    row = {"input": "a", "choices": ["It rained ", " It snowed"], "label": 0}
+    assert render(OWN_PROMPTS[0], row).choices == ["It rained", "It snowed"]
+    assert not are_choices(["It rained", "It rained "])
 
 
 def test_an_unlabeled_row_stays_unlabeled():
