@@ -37,6 +37,7 @@ class Splits:
     notes: list[str] = field(default_factory=list)
     is_divided: bool = False  # True if there was only train, which was split in three
     is_shuffled: bool = False  # True if train is in the order of T-Few's published split
+    depends_on_seed: bool = False  # True if the seed decides which rows are in validation
 
     def set_rows(self, rows: dict[str, list[dict]]):
         self.train = rows.get("train", [])
@@ -145,6 +146,7 @@ def make_task(splits: Splits, spec: TaskSpec, columns: str) -> Task:
         columns=columns,
         spec=spec,
         is_divided=splits.is_divided,
+        depends_on_seed=splits.depends_on_seed,
     )
 
 
@@ -277,6 +279,7 @@ def hold_out_fold(splits: Splits, seed: int):
     fold = seed % N_FOLDS
     shuffled = np.random.RandomState(0).permutation(len(splits.train))
     splits.hold_out([splits.train[i] for i in shuffled[fold::N_FOLDS]])
+    splits.depends_on_seed = True
     splits.notes.append(
         f"fold {fold + 1} of {N_FOLDS} is held out: "
         f"{N_FOLDS} consecutive seeds report on each row once"
@@ -310,6 +313,7 @@ def load_published_split(
         validation_name="T-Few's other splits",
         notes=[f"{error}; so T-Few's published split is used, with the other seeds as validation"],
         is_shuffled=True,
+        depends_on_seed=True,
     )
 
 

@@ -114,6 +114,8 @@ class Task(NamedTuple):
     spec: TaskSpec = TaskSpec()
     # Whether the three splits are parts of a single file, or of a data set with a single split.
     is_divided: bool = False
+    # Whether the seed decides which rows are trained on, and which are reported on.
+    depends_on_seed: bool = False
 
     @property
     def prompts(self) -> tuple[Prompt, ...]:

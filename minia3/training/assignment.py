@@ -20,6 +20,10 @@ ONLY_A_PART = (
     "only test, a tenth of these rows, is evaluated: for all of them, if none was trained on, give "
     "a folder whose only file is named test, such as test.csv"
 )
+SAME_SEED = (
+    "the seed decides which rows are reported on: if the adapter was trained on this task, give "
+    "--seed as in its training, or the result is on rows that it has learned"
+)
 
 
 @dataclass
@@ -71,6 +75,8 @@ def assign_rows(task, config):
         assignment.notes += loss_notes(assignment, config)
     elif task.is_divided and config.method != "icl":
         assignment.notes.append(ONLY_A_PART)
+    elif task.depends_on_seed and config.adapter:
+        assignment.notes.append(SAME_SEED)
     return assignment
 
 

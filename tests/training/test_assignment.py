@@ -190,6 +190,26 @@ def test_all_labeled_rows_of_raft_may_be_trained_on_and_then_nothing_is_evaluate
         )
 
 
+def test_what_evaluates_an_adapter_says_if_the_seed_decides_on_which_rows(tmp_path):
+    """Fold 0 was reported on by default, also if fold 1 was held out in training."""
+    folder = tmp_path / "raft" / "overruling"
+    folder.mkdir(parents=True)
+    rows = "".join(f"w{5 + i},{['not ', ''][i % 2]}overruling,{i}\n" for i in range(10))
+    (folder / "train.csv").write_text(f"Sentence,Label,ID\n{rows}")
+    (folder / "test_unlabeled.csv").write_text("Sentence,ID\nw7,10\n")
+    task = minia3.load_task("raft/overruling", data_dir=tmp_path)
+    start = "the seed decides which rows are reported on: "
+
+    def is_noted(task, **flags):
+        notes = assign_rows(task, train.Config(**flags)).notes
+        return any(note.startswith(start) for note in notes)
+
+    assert is_noted(task, eval_only=True, adapter="x")
+    assert not is_noted(task, eval_only=True)
+    assert not is_noted(task, adapter="x")  # which is trained further, on the other folds
+    assert not is_noted(task._replace(depends_on_seed=False), eval_only=True, adapter="x")
+
+
 # Prompts
 
 
