@@ -123,7 +123,8 @@ class Adapters(Mapping):
     def _fill(self, name, row, new_vectors):
         """Give a row to a name. If this fails or is interrupted, the name is forgotten."""
         try:
-            if name in self:
+            # A number of this row was handed out: for this name, or before an interrupted `remove`.
+            if row in self.model.row_generations:
                 give_up(row, self.model)  # first, as in `remove`
             fill_row(self.model, row, new_vectors)
             self._numbers[name] = number_of(row, self.model)

@@ -330,8 +330,9 @@ def test_a_replacement_that_is_interrupted_removes_the_name_and_nothing_else(
         assert equal_tensors(row_of(model, adapters[a]), read_adapter(folder / a).vectors)
 
 
-def test_a_replacement_that_is_interrupted_before_it_begins_gives_up_its_row(
-    loaded, folders, monkeypatch
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_that_is_interrupted_before_it_begins_gives_up_its_row(
+    change, loaded, folders, monkeypatch
 ):
     """Whoever has the old number must not read the next adapter of the row."""
     folder = folders("t5-v1.0", 2)
@@ -349,7 +350,7 @@ def test_a_replacement_that_is_interrupted_before_it_begins_gives_up_its_row(
 
     monkeypatch.setattr("minia3.adapters.named_rows.give_up", interrupt_first)
     with pytest.raises(KeyboardInterrupt):
-        adapters.load("a0", folder / "a1")
+        CHANGES[change](adapters, folder / "a1")
     adapters.load("a1", folder / "a1")
     with pytest.raises(ValueError, match="the adapter of row 1 was removed or replaced"):
         model.start(SOURCE[:1], MASK[:1], old_rows)
