@@ -75,6 +75,9 @@ def as_numbers(adapter):
 
     Raise ValueError if there is anything but numbers in it.
     """
+    if hasattr(adapter, "to_numpy"):
+        # A column of pandas, in which torch would look up labels.
+        adapter = adapter.to_numpy().tolist()
     try:
         return torch.as_tensor(adapter, device="cpu")
     except (TypeError, ValueError, RuntimeError):  # such as the names of adapters
