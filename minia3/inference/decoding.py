@@ -247,9 +247,10 @@ def special_tokens_of(tokenizer):
 
     A tokenizer of another package may have nothing but `decode`. Then the dict is empty.
     """
-    if not hasattr(tokenizer, "backend"):
+    backend = getattr(tokenizer, "backend", None)
+    if not hasattr(backend, "get_added_tokens_decoder"):  # transformers has a text of this name
         return {}
-    tokens = tokenizer.backend.get_added_tokens_decoder()
+    tokens = backend.get_added_tokens_decoder()
     return {i: token.content for i, token in tokens.items() if token.special and token.content}
 
 

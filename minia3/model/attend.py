@@ -157,7 +157,7 @@ def cudnn_switched_off():
     """Do what `sdpa_kernel` does for a single kernel, in a sixteenth of its time.
 
     The others stay as the user has chosen them. The switch is for the whole process. If two threads
-    meet here, one of them may still get cuDNN's attention.
+    meet here, one of them may still get cuDNN's attention, or it may stay switched off.
     """
     was_on = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)

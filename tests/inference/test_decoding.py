@@ -500,6 +500,8 @@ def test_for_prompts_of_ids_and_stop_texts_a_tokenizer_needs_only_decode(both):
     expected = generate(both.model, both.tokenizer, prompts, **options)
     only_decode = SimpleNamespace(decode=both.tokenizer.decode)
     assert generate(both.model, only_decode, prompts, **options) == expected
+    of_transformers = SimpleNamespace(decode=both.tokenizer.decode, backend="tokenizers")
+    assert generate(both.model, of_transformers, prompts, **options) == expected
 
 
 def before_stop(text, stops):
@@ -839,6 +841,10 @@ def test_a_table_is_no_list_of_prompts_but_a_column_is(both):
         generate(both.model, both.tokenizer, table)
     expected = generate(both.model, both.tokenizer, PROMPTS[:3])
     assert generate(both.model, both.tokenizer, table["w4"]) == expected
+    for index in ([7, 8, 9], [2, 0, 1], [0, 2, 5]):  # torch would look up these labels
+        table.index = index
+        found = generate(both.model, both.tokenizer, table["w4"], adapter=table["w5"])
+        assert found == generate(both.model, both.tokenizer, PROMPTS[:3], adapter=[0, 1, 0])
 
 
 def test_prompts_may_come_from_a_generator_or_an_array(both):
