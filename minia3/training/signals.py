@@ -242,6 +242,7 @@ class Signals:
             try:
                 self.leave(number)
             except Exception as error:  # the disk is full: the main thread goes on
+                self.pending = number  # `receive` may have ignored it meanwhile
                 self.is_leaving = False
                 tqdm.write(f"the run cannot stop yet: {message_of(error)}", file=sys.stderr)
             else:

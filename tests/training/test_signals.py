@@ -322,13 +322,20 @@ def test_a_checkpoint_that_cannot_be_written_lets_the_step_go_on(signals, monkey
     ended = []
 
     def full(number):
+        kill_self(number)  # here the main thread hears of the signal
         raise OSError(28, "No space left on device")
 
+    def step():
+        with signals.uninterrupted(), signals.urgent(full):
+            signals.end_process(signal.SIGTERM)
+            ended.append("the step")
+
     monkeypatch.setattr(training_signals.os, "_exit", ended.append)
-    with signals.uninterrupted(), signals.urgent(full):
-        signals.end_process(signal.SIGTERM)
+    with pytest.raises(Stopped) as stop:
+        step()
+    assert stop.value.number == signal.SIGTERM
     message = "the run cannot stop yet: [Errno 28] No space left on device\n"
     assert capsys.readouterr().err == message
-    assert (ended, signals.is_leaving) == ([], False)
+    assert (ended, signals.is_leaving) == (["the step"], False)
     signals.end_process(signal.SIGTERM)  # too late: the block has ended
-    assert ended == []
+    assert ended == ["the step"]
