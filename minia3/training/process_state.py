@@ -15,12 +15,12 @@ AUTOCAST_KINDS = ("cpu", "cuda", "mps", "xpu")
 def unchanged_process():
     """Put back the settings of torch and its random numbers at the end of the block.
 
-    The block itself begins with the settings of a fresh process, whatever a notebook has set.
+    The block itself begins with the settings of a fresh process, whatever a notebook has set, apart
+    from the number of threads, which is the user's.
     """
     dtype = torch.get_default_dtype()
     n_threads = torch.get_num_threads()
-    is_deterministic = torch.are_deterministic_algorithms_enabled()
-    is_warning_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    determinism = torch.get_deterministic_debug_mode()
     workspace = os.environ.get(WORKSPACE)
     random = torch.get_rng_state()
     started = [module for module in accelerators() if module.is_initialized()]
@@ -28,19 +28,18 @@ def unchanged_process():
     cards = [module.current_device() for module in started]
     autocast = [kind for kind in AUTOCAST_KINDS if is_autocast_on(kind)]
     torch.set_default_dtype(torch.float32)
+    set_determinism(0)
     for kind in autocast:
         torch.set_autocast_enabled(kind, False)
     try:
-        with torch.inference_mode(False), torch.enable_grad(), cpu_as_default():
+        with true_float32(), torch.inference_mode(False), torch.enable_grad(), cpu_as_default():
             yield
     finally:
         torch.set_default_dtype(dtype)
         for kind in autocast:
             torch.set_autocast_enabled(kind, True)
         torch.set_num_threads(n_threads)
-        if torch.are_deterministic_algorithms_enabled() != is_deterministic:
-            # This imports torch's compiler, which takes a second.
-            torch.use_deterministic_algorithms(is_deterministic, warn_only=is_warning_only)
+        set_determinism(determinism)
         torch.set_rng_state(random)
         for module, states, card in zip(started, random_on_accelerators, cards, strict=True):
             module.set_rng_state_all(states)
@@ -51,6 +50,39 @@ def unchanged_process():
                 module.manual_seed_all(torch.initial_seed())
         if workspace is None:
             os.environ.pop(WORKSPACE, None)
+
+
+def set_determinism(mode):
+    """Demand deterministic algorithms: 0 for not at all, 1 with a warning, 2 with an error."""
+    if torch.get_deterministic_debug_mode() != mode:
+        # This imports torch's compiler, which takes a second.
+        torch.use_deterministic_algorithms(mode > 0, warn_only=mode == 1)
+
+
+@contextmanager
+def true_float32():
+    """Within the block, multiply matrices of float32 in float32, not in TF32 or bfloat16.
+
+    A notebook may have asked for less, or the variable TORCH_ALLOW_TF32_CUBLAS_OVERRIDE.
+    """
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set as torch 2.9 does, so that the older way cannot tell
+        precision = None
+    if precision == "highest":
+        yield
+        return
+    kinds = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    kinds = [kind for kind in kinds if hasattr(kind, "fp32_precision")]  # torch 2.9
+    before = [kind.fp32_precision for kind in kinds]
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+        for kind, value in zip(kinds, before, strict=True):
+            kind.fp32_precision = value
 
 
 def is_autocast_on(kind):

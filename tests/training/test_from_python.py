@@ -33,13 +33,24 @@ def process_state():
     return {
         "handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
         "threads": torch.get_num_threads(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "deterministic": torch.get_deterministic_debug_mode(),
+        "precision": precisions(),
         "dtype": torch.get_default_dtype(),
         "environ": dict(os.environ),
         "random": torch.get_rng_state().tolist(),
         "grad": torch.is_grad_enabled(),
         "path": list(sys.path),
     }
+
+
+def precisions():
+    """Return how torch multiplies float32, as its newer way and its older way say it."""
+    modules = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    found = [getattr(module, "fp32_precision", None) for module in modules]
+    try:
+        return [*found, torch.get_float32_matmul_precision()]
+    except RuntimeError:
+        return found
 
 
 def test_a_call_is_the_run_of_the_script(tmp_path, capsys):
@@ -82,6 +93,43 @@ def test_settings_of_a_notebook_do_not_change_the_run_and_stay(tmp_path):
         torch.set_default_dtype(torch.float32)
         torch.set_num_threads(n_threads)
     assert outcome(tmp_path / "plain") == outcome(tmp_path / "changed")
+
+
+def use_less_precision():
+    torch.set_float32_matmul_precision("medium")
+
+
+def use_tf32():
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def use_tf32_in_the_newer_way():
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("torch 2.9 has it")
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+@pytest.mark.parametrize("change", [use_less_precision, use_tf32, use_tf32_in_the_newer_way])
+def test_products_are_true_float32_whatever_a_notebook_has_set(change, tmp_path, monkeypatch):
+    seen = []
+    original = RowOptimizer.clip
+
+    def clip(*args):
+        seen.append((torch.get_float32_matmul_precision(), torch.get_deterministic_debug_mode()))
+        original(*args)
+
+    monkeypatch.setattr(RowOptimizer, "clip", clip)
+    change()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        before = process_state()
+        call(tmp_path / "run", steps=1)
+        call(tmp_path / "deterministic", steps=1, deterministic=True)
+        assert process_state() == before
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_float32_matmul_precision("highest")
+    assert seen == [("highest", 0), ("highest", 2)]
 
 
 def test_it_works_in_a_thread_and_several_threads_take_turns(tmp_path):
