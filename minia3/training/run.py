@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import threading
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,8 @@ from minia3.training.run_folder import (
 from minia3.training.shown_commands import SCRIPT, resume_command, unrecorded_flags
 from minia3.training.signals import Stopped
 from minia3.training.trackers import close_trackers, hand_over, start_trackers
+
+CLOSING = 2.0  # seconds for the trackers of a process that another thread ends
 
 
 class Failed(RuntimeError):
@@ -218,7 +221,7 @@ class Run:
                 self.signals.pending = signal
 
     def save_and_report(self, group, rng_state, signal_number):
-        """Save the state before the current step, and say how to continue.
+        """Save the state before the current step, say how to continue, and close the trackers.
 
         This runs in another thread, while the main thread is in an operation that takes long.
         """
@@ -227,6 +230,11 @@ class Run:
         if has_first_word(128 + signal_number):
             tqdm.write(self.stop_message, file=sys.stderr)
         sys.stderr.flush()
+        # In a thread, because a service may not answer, and by now the state is safe.
+        arguments = (self.trackers, "stopped")
+        closing = threading.Thread(target=close_trackers, args=arguments, daemon=True)
+        closing.start()
+        closing.join(CLOSING)
 
     @contextmanager
     def checkpointing(self, group):

@@ -6,6 +6,7 @@ import re
 import signal
 import struct
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from running import fails, metrics, resume, run, words
 
 from minia3.training import trackers
 from minia3.training.group import Group
+from minia3.training.run import Run
 from minia3.training.trackers import figures
 
 
@@ -468,6 +470,39 @@ def test_services_hear_how_a_run_has_ended(tmp_path, capsys, monkeypatch):
     fails(grid, capsys, "1 of 2 adapters failed", "lr1e+30; the others have", code=1)
     assert service.exit_codes == [255, 0, 1, 1, 1]
     assert service.statuses == ["KILLED", "FINISHED", "FAILED", "FAILED", "FAILED"]
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_services_hear_that_a_process_ends_in_a_step(answers, tmp_path, monkeypatch):
+    """The second thread ends it, also if a service never answers."""
+    service = Service()
+    patience = threading.Event()
+    original = service.set_terminated
+
+    def set_terminated(run_id, status):
+        original(run_id, status)
+        if not answers:
+            patience.wait(60)
+
+    ended = []
+
+    def exit_now(code):
+        ended.append((code, list(service.exit_codes), list(service.statuses)))
+        patience.set()
+
+    def sum_over_processes(run, group):
+        if group.log.step == 3:
+            run.signals.end_process(signal.SIGTERM)
+
+    service.set_terminated = set_terminated
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    monkeypatch.setitem(sys.modules, "mlflow", service)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("minia3.training.signals.os._exit", exit_now)
+    monkeypatch.setattr("minia3.training.run.CLOSING", 60 if answers else 0.1)
+    monkeypatch.setattr(Run, "sum_over_processes", sum_over_processes)
+    run(words(tmp_path / "run", log_to="wandb,mlflow"))
+    assert ended == [(143, [255], ["KILLED"])]
 
 
 def test_a_tracker_that_cannot_start_is_one_line(tmp_path, capsys, monkeypatch):
