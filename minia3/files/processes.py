@@ -319,8 +319,9 @@ def leave(code=0):
     """
     if _process.store is None:
         return code
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # because it is ending already
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.SIG_IGN)  # because it is ending already
     # In a thread, because an accelerator whose peer is gone may never answer.
     closing = threading.Thread(target=close_connections, daemon=True)
     closing.start()

@@ -1,10 +1,13 @@
-"""How a run is stopped: Ctrl-C and SIGTERM, and on Windows Ctrl-Break.
+"""How a run is stopped: Ctrl-C, SIGTERM, a closed terminal, and on Windows Ctrl-Break.
 
 Where a run is                        the first Ctrl-C        the second Ctrl-C, or SIGTERM
 ----------------------------------    --------------------    -----------------------------
 `uninterrupted`                       waits for the end       waits for the end
 `urgent`, within `uninterrupted`      waits for the end       stops at once
 outside of these blocks               stops at once           stops at once
+
+If its terminal is closed, a run gets SIGHUP, which counts as SIGTERM. After another signal it is
+ignored, and also in a run that was started with `nohup`.
 """
 
 import os
@@ -19,7 +22,11 @@ from tqdm import tqdm
 from minia3.files.messages import message_of
 from minia3.files.processes import is_ending, is_first, n_processes
 
+HANGUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has no such signal
+
 STOPPING = [signal.SIGINT, signal.SIGTERM]
+if HANGUP is not None:
+    STOPPING.append(HANGUP)
 if hasattr(signal, "SIGBREAK"):  # Windows: Ctrl-Break, which another process can send, too
     STOPPING.append(signal.SIGBREAK)
 
@@ -78,6 +85,8 @@ class Signals:
         # Python lets only the main thread decide about signals. In another thread none arrives.
         if threading.current_thread() is threading.main_thread():
             for number in STOPPING:
+                if number == HANGUP and signal.getsignal(number) is signal.SIG_IGN:
+                    continue  # nohup: the run outlives its terminal
                 self.handlers_before[number] = signal.signal(number, self.receive)
             self.hook_before = sys.unraisablehook
             sys.unraisablehook = self.stop_again
@@ -97,12 +106,18 @@ class Signals:
         for number, handler in self.handlers_before.items():
             # None: a handler that was not installed from Python, and cannot be put back from it
             signal.signal(number, handler or signal.SIG_DFL)
+        if self.is_program and self.pending is not None and HANGUP in self.handlers_before:
+            signal.signal(HANGUP, signal.SIG_IGN)  # another one comes: see `receive`
 
     # The main thread
 
     def receive(self, number, frame):
         """Handle a signal. Python calls this between two operations of the main thread."""
         if self.is_leaving or self.is_stopping:
+            return
+        # The shell and the system both send SIGHUP when a terminal is closed, and a logout sends it
+        # after SIGTERM. It must not disturb the run that is saving because of the first signal.
+        if number == HANGUP and self.pending is not None and not self.is_dropped:
             return
         self.pending = number
         self.n_arrived += 1

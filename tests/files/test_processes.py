@@ -1,6 +1,7 @@
 """What several processes tell each other; those that torchrun starts are tested with runs."""
 
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -153,13 +154,29 @@ def test_only_one_process_has_the_first_word(monkeypatch):
     assert processes._process.store[processes.EXIT_CODE] == b"2"
 
 
-def test_a_store_that_is_gone_silences_nobody(monkeypatch):
-    class Gone:
-        def add(self, key, n):
-            raise RuntimeError("Broken pipe")
+class Gone:
+    """A store whose process has ended."""
 
+    def add(self, key, n):
+        raise RuntimeError("Broken pipe")
+
+
+def test_a_store_that_is_gone_silences_nobody(monkeypatch):
     monkeypatch.setattr(processes._process, "store", Gone())
     assert processes.has_first_word(2)
+
+
+def test_a_process_that_leaves_is_not_disturbed_by_signals(monkeypatch):
+    monkeypatch.setattr(processes._process, "store", Gone())
+    monkeypatch.setattr(processes, "close_connections", lambda: None)
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
+    try:
+        assert processes.leave(3) == 3
+        assert [signal.getsignal(number) for number in numbers] == [signal.SIG_IGN] * 3
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def test_a_lost_connection_is_a_peer_that_is_gone():

@@ -102,7 +102,7 @@ def test_processes_that_torchrun_starts_again_do_not_hear_those_before_them(tmp_
     assert out.splitlines()[-1] == "[0, 1] True"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_all_processes_at_the_same_step(number, uninterrupted, tmp_path):
     folder = tmp_path / "run"
     process = several.Torchrun(2, *words(folder))

@@ -32,17 +32,26 @@ from minia3.files.processes import GONE, PeerGone
 from minia3.training import signals as training_signals
 from minia3.training.checkpoint import save_checkpoint
 from minia3.training.log import TrainingLog
+from minia3.training.optimizer import RowOptimizer
 from minia3.training.run import Run
 from minia3.training.signals import STOPPING, WAITING, Signals, Stopped
 
 
 @pytest.fixture
-def signals():
+def _terminal():
+    """The tests may have been started with `nohup`, but a run in them has a terminal to lose."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture
+def signals(_terminal):
     with Signals() as signals:
         yield signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_at_once(number, signals):
     with pytest.raises(Stopped) as stop:
         kill_self(number)
@@ -95,6 +104,7 @@ def leave(number):
     [
         ([signal.SIGTERM, signal.SIGTERM], 1),
         ([signal.SIGINT, signal.SIGINT], 2),
+        ([signal.SIGHUP, signal.SIGHUP], 1),
         ([signal.SIGINT, signal.SIGTERM], 2),
         ([signal.SIGINT], 2),  # the rest of the block runs
     ],
@@ -195,6 +205,55 @@ def test_torchrun_cannot_disturb_a_process_that_saves_because_another_one_has_en
     assert load_checkpoint(out).n_steps == 3
     assert resume(out) == 0
     assert outcome(out) == outcome(whole)
+
+
+# A terminal that is closed
+
+
+@pytest.mark.usefixtures("_terminal")
+@pytest.mark.parametrize("first", [signal.SIGHUP, signal.SIGTERM])
+def test_closing_the_terminal_saves_the_run(first, tmp_path, monkeypatch):
+    """The signal comes twice. In a logout, it also comes after SIGTERM."""
+
+    def clip(*args):
+        steps.append(None)
+        if len(steps) == 4:
+            kill_self(first)
+        original(*args)
+
+    def save_while_another_signal_comes(*args):
+        kill_self(signal.SIGHUP)
+        save_checkpoint(*args)
+
+    steps = []
+    original = RowOptimizer.clip
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(RowOptimizer, "clip", clip)
+        patch.setattr("minia3.training.run.save_checkpoint", save_while_another_signal_comes)
+        assert run(words(out, **IN_PARTS)) == 128 + first
+    assert load_checkpoint(out).n_steps == 4
+    assert resume(out) == 0
+    assert outcome(out) == whole_run()
+
+
+@pytest.mark.usefixtures("_terminal")
+def test_a_program_that_stops_for_its_terminal_ends_in_its_own_way():
+    """The second signal comes later, for example while its trackers close."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped), Signals(is_program=True):
+        kill_self(signal.SIGHUP)
+    kill_self(signal.SIGHUP)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.usefixtures("_terminal")
+def test_a_run_that_was_started_with_nohup_outlives_its_terminal():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Signals() as signals:
+        kill_self(signal.SIGHUP)
+        assert signals.pending is None
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 # A step that is given up
