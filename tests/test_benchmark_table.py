@@ -105,10 +105,10 @@ def test_several_runs_stand_side_by_side():
 def test_a_row_was_disturbed_if_others_were_busy_or_the_roof_was_low():
     quiet = step_row(peak_flops=1e12, others_busy=0.4)
     record = record_of({STEP: quiet})
-    assert not table.is_disturbed(quiet, record)
-    assert table.is_disturbed(replace(quiet, others_busy=0.6), record)
-    assert table.is_disturbed(replace(quiet, peak_flops=0.8e12), record)
-    assert not table.is_disturbed(Row("B", 1, 1, 1.0), record)
+    assert not record.is_disturbed(quiet)
+    assert record.is_disturbed(replace(quiet, others_busy=0.6))
+    assert record.is_disturbed(replace(quiet, peak_flops=0.8e12))
+    assert not record.is_disturbed(Row("B", 1, 1, 1.0))
 
 
 def test_a_run_says_how_many_calls_were_made_again():
@@ -247,6 +247,34 @@ def test_a_run_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys):
         benchmarks.main([*flags, "--dtype", "float32"])
     benchmarks.main(["table", str(path)])
     assert "| t5-base, line second | 1e-06 MB | 2e-06 MB | 2.00 |" in capsys.readouterr().out
+
+
+def test_a_run_that_has_ended_measures_its_disturbed_lines_again(tmp_path, monkeypatch):
+    """And it keeps the figures beside which the machine was calmer, whatever the ratios are."""
+    waiting = {
+        "quiet": [step_row(1.0)],
+        "noisy": [step_row(1.1, others_busy=0.9), step_row(1.2, others_busy=0.7), step_row(1.3)],
+        "slow": [step_row(1.4, peak_flops=5e11), step_row(1.5, peak_flops=4e11)],
+    }
+
+    def line(name):
+        return lambda bench, pair: iter([(name, waiting[name].pop(0))])
+
+    monkeypatch.setattr(benchmarks, "LINES", {name: line(name) for name in waiting})
+    path = tmp_path / "run.json"
+    flags = ["--quick", "--models", "t5-base", "--only", ",".join(waiting), "--json", str(path)]
+    ratios = []
+    for _ in range(2):
+        benchmarks.main(flags)
+        ratios.append([row.ratio for row in read_record(path).rows.values()])
+    assert ratios == [[1.0, 1.1, 1.4], [1.0, 1.1, 1.4]]
+    waiting["slow"].append(step_row(1.6))
+    benchmarks.main(flags)
+    record = read_record(path)
+    assert [row.ratio for row in record.rows.values()] == [1.0, 1.3, 1.6]
+    assert record.about["lines"] == [f"t5-base, {name}" for name in waiting]
+    assert not any(waiting.values())
+    benchmarks.main(flags)  # nothing is left to measure
 
 
 def test_a_record_is_written_after_every_row_and_read_back(tmp_path):

@@ -63,6 +63,7 @@ class Row:
     # Of times that have one:
     alone: float | None = None  # seconds of kernels of ours, when nothing else runs
     alone_of: str | None = None  # which kernels
+    line: str | None = None  # which line it belongs to, with the model; older files do not say it
     # Of all lines; None if the line has no goal:
     goal: float | None = None  # of the ratio
     goal_share: float | None = None  # of the floor in our time

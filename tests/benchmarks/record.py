@@ -8,6 +8,11 @@ from minia3.files.write import replacing
 from tests.benchmarks.machine import load_average
 from tests.benchmarks.measure import Row
 
+# A row was disturbed if, on average, more threads of other processes than this wanted a core,
+MOST_BUSY = 0.5
+# or if the roof was lower than this part of the best one of its run.
+LEAST_ROOF = 0.9
+
 
 class Record:
     """What a run has measured so far, and on what.
@@ -23,13 +28,34 @@ class Record:
         self.last_time = time.monotonic()
 
     def add(self, title, row):
-        self.rows[title] = row
+        """Add a row. Of two with one title, the one stays beside which the machine was calmer."""
+        old = self.rows.get(title)
+        if old is None or self.is_calmer(row, old):
+            self.rows[title] = row
         self.write()
 
     def complete(self, line):
-        """Say that a line has all its rows, so that it is not measured again."""
-        self.about["lines"].append(line)
+        """Say that a line has all its rows."""
+        if line not in self.about["lines"]:
+            self.about["lines"].append(line)
         self.write()
+
+    def has(self, line):
+        """Whether a line has all its rows, and none of them was disturbed."""
+        rows = [row for row in self.rows.values() if row.line == line]
+        return line in self.about["lines"] and not any(map(self.is_disturbed, rows))
+
+    def is_disturbed(self, row):
+        """Whether other work kept the machine busy while a Row was measured."""
+        if row.others_busy is not None and row.others_busy > MOST_BUSY:
+            return True
+        return row.peak_flops is not None and row.peak_flops < LEAST_ROOF * self.best_roof
+
+    def is_calmer(self, row, other):
+        """Whether other work kept the machine less busy beside a Row than beside another."""
+        if self.is_disturbed(row) != self.is_disturbed(other):
+            return self.is_disturbed(other)
+        return (row.peak_flops or 0) > (other.peak_flops or 0)
 
     def write(self):
         now = time.monotonic()

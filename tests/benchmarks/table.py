@@ -37,11 +37,6 @@ README_TITLES = (
     "t5-base, greedy generation, batch 1",
 )
 
-# A row was disturbed if, on average, more threads of other processes than this wanted a core,
-MOST_BUSY = 0.5
-# or if the roof was lower than this part of the best one of its run.
-LEAST_ROOF = 0.9
-
 
 def main(argv):
     parser = argparse.ArgumentParser(
@@ -213,7 +208,7 @@ def summary(records, letters=ascii_uppercase):
             f"Run {letter} reaches {n_reached} of {len(goals)} goals; beyond the floor: {n_floor}, "
             f"beyond the kernels alone: {n_alone}."
         )
-        n_disturbed += sum(is_disturbed(row, record) for row in record.rows.values())
+        n_disturbed += sum(map(record.is_disturbed, record.rows.values()))
     if n_disturbed:
         counts.append(f"Disturbed by other work, and marked with a star: {n_disturbed}.")
     if len(records) > 1:
@@ -299,16 +294,9 @@ def ratio_text(title, record):
     if row.spread is not None:
         low, high = row.spread
         text += f" ({low:.2f} to {high:.2f})"
-    if is_disturbed(row, record):
+    if record.is_disturbed(row):
         text += " *"
     return text
-
-
-def is_disturbed(row, record):
-    """Whether other work kept the machine busy while a Row was measured."""
-    if row.others_busy is not None and row.others_busy > MOST_BUSY:
-        return True
-    return row.peak_flops is not None and row.peak_flops < LEAST_ROOF * record.best_roof
 
 
 def rows_of(title, records):
