@@ -92,8 +92,9 @@ def test_several_runs_stand_side_by_side():
     assert lines[:2] == ["#### a core", ""]
     assert lines[4] == "| date | 2026-01-02 03:04 | 2026-01-03 03:04 | 2026-01-04 03:04 |"
     assert lines[6].startswith("| threads, memory, system | 1 of 2 cores, 8 GB, Linux 6.1.0 |")
-    assert "Run A reaches 2 of 2 goals; beyond the floor: 0, beyond the kernels alone: 0." in lines
-    assert "Run C reaches 0 of 1 goals; beyond the floor: 0, beyond the kernels alone: 0." in lines
+    ruled_out = "goals; the floors rule out 0, and the kernels alone rule out 0."
+    assert f"Run A reaches 2 of 2 {ruled_out}" in lines
+    assert f"Run C reaches 0 of 1 {ruled_out}" in lines
     assert "The runs are of 2 different commits." in lines
     assert "Disturbed by other work, and marked with a star: 1." in lines
     ratios = "1.25 (1.00 to 2.00) | 1.35 (1.00 to 2.00) * | 1.15 (1.00 to 2.00)"
@@ -125,13 +126,13 @@ def test_a_goal_beyond_the_floor_or_beyond_the_kernels_alone_is_shown_as_such():
     text = table.table_row(GENERATION, [record_of({GENERATION: row})])
     alone = "1.80 s products (90%) | 1.20, below the goal"
     assert text.endswith(f"| 0 of 1 | 1.60 s products (80%) | 1.35 | {alone} |")
-    assert "beyond the floor: 0, beyond the kernels alone: 1." in table.summary(
+    assert "the floors rule out 0, and the kernels alone rule out 1." in table.summary(
         [record_of({GENERATION: row})]
     )
     row = replace(row, floor=1.79)
     text = table.table_row(GENERATION, [record_of({GENERATION: row})])
     assert "| 1.79 s products (90%) | 1.21, below the goal |" in text
-    assert "beyond the floor: 1, beyond the kernels alone: 1." in table.summary(
+    assert "the floors rule out 1, and the kernels alone rule out 1." in table.summary(
         [record_of({GENERATION: row})]
     )
 

@@ -205,8 +205,8 @@ def summary(records, letters=ascii_uppercase):
         n_floor = sum(goal.is_beyond_floor(record.rows[title]) for title, goal in goals.items())
         n_alone = sum(goal.is_beyond_alone(record.rows[title]) for title, goal in goals.items())
         counts.append(
-            f"Run {letter} reaches {n_reached} of {len(goals)} goals; beyond the floor: {n_floor}, "
-            f"beyond the kernels alone: {n_alone}."
+            f"Run {letter} reaches {n_reached} of {len(goals)} goals; "
+            f"the floors rule out {n_floor}, and the kernels alone rule out {n_alone}."
         )
         n_disturbed += sum(map(record.is_disturbed, record.rows.values()))
     if n_disturbed:
