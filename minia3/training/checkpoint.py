@@ -4,14 +4,14 @@ Beside it, states/0.pt, states/1.pt ... hold the states of groups that are done,
 cells one after the other. They are what --steps extends the run from.
 """
 
-import io
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
 from minia3.files.pickles import check_checksums, check_storages
-from minia3.files.read import reading
+from minia3.files.read import is_out_of_memory, one_line, reading
 from minia3.files.write import replacing
 from minia3.training.device import device_module
 from minia3.training.outcomes import results_of_finished
@@ -68,12 +68,27 @@ def save_checkpoint(folder, checkpoint):
 
 
 def write_values(values, path):
-    """Replace a file by a dict: by all of it, or the old file stays."""
-    # If the disk is full, torch.save hides the reason, so the file is written by Path.
-    buffer = io.BytesIO()
-    torch.save(values, buffer)
-    with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+    """Replace a file by a dict: by all of it, or the old file stays.
+
+    Tensors on a CPU are written from where they are, because a copy of a whole model may not fit.
+    """
+    with replacing(path) as temporary, open(temporary, "wb") as file, saving(path):
+        torch.save(on_cpu(values), file)
+
+
+@contextmanager
+def saving(path):
+    """Return a context for torch.save. Raise OSError within it if memory or the disk is full."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            found = f"{path}: not enough memory to save the state"
+            raise OSError(f"{found}: {one_line(error)}") from None
+        # torch says that the file has no end, and hides that the disk is full.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def load_checkpoint(folder):
@@ -186,9 +201,12 @@ def copy_values(parameters):
 
 
 def on_cpu(state):
-    """Return a state with its tensors on the CPU, so that a run may continue on another device."""
+    """Return a state with its tensors on the CPU, so that a run may continue on another device.
+
+    Those that are there already are not copied. None of them is a Parameter.
+    """
     if isinstance(state, torch.Tensor):
-        return state.cpu()
+        return state.detach().cpu()
     if isinstance(state, dict):
         return {name: on_cpu(value) for name, value in state.items()}
     return state

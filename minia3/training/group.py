@@ -16,13 +16,7 @@ from minia3.inference.scoring import NotFiniteError
 from minia3.model.ia3 import vectors
 from minia3.model.shard import is_sharded, reset_passes
 from minia3.training.batch import MixedBatch, choose_micro_batch_size
-from minia3.training.checkpoint import (
-    copy_values,
-    on_cpu,
-    random_state,
-    set_random_state,
-    set_values,
-)
+from minia3.training.checkpoint import random_state, set_random_state, set_values
 from minia3.training.device import limit_threads
 from minia3.training.drawing import draw_batches
 from minia3.training.learned import learned_tasks
@@ -211,12 +205,12 @@ class Group:
         return results
 
     def state_dict(self):
-        """Return all that a resumed run needs."""
+        """Return all that a resumed run needs. Its tensors are those that train, and no copies."""
         return {
             "cells": [cell.state_dict() for cell in self.cells],
             "log": self.log.state_dict(),
-            "optimizer": on_cpu(self.optimizer.state_dict()) if self.optimizer else None,
-            "parameters": copy_values(self.parameters),
+            "optimizer": self.optimizer.state_dict() if self.optimizer else None,
+            "parameters": self.parameters,
             "random": random_state(self.device),
         }
 

@@ -252,7 +252,7 @@ class Run:
 
     def save(self, group):
         """Write a checkpoint from which `restore` continues the group."""
-        # Only the process that writes needs the copies that `state_dict` makes.
+        # Only the process that writes needs the state.
         if self.written_folder is not None:
             self.write_checkpoint(group.state_dict())
 

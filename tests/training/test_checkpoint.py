@@ -3,11 +3,12 @@
 import functools
 import json
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from running import at_line, contents, fails, kill_self, model, resume, run, words
+from running import at_line, contents, fails, in_new_process, kill_self, model, resume, run, words
 
 from minia3.training.checkpoint import (
     LAYOUT,
@@ -17,6 +18,11 @@ from minia3.training.checkpoint import (
     save_checkpoint,
     set_values,
 )
+from minia3.training.memory_fit import limited_memory
+from minia3.training.memory_plan import MemoryCounter
+from minia3.training.run import Run
+
+N_BYTES = 1 << 25  # of a state whose copy is noticed
 
 
 @pytest.mark.parametrize("damage", ["half", "html", "empty"])
@@ -58,6 +64,55 @@ def test_a_byte_that_changed_is_found_by_the_checksums(tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"the checksum of the record .* is wrong"):
         load_checkpoint(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no limit of data")
+def test_a_state_is_saved_without_memory_for_a_copy(tmp_path):
+    assert in_new_process(save_in_little_memory, tmp_path) > N_BYTES
+    (parameter,) = load_checkpoint(tmp_path).group["parameters"].values()
+    assert bool((parameter == 1).all())
+
+
+def save_in_little_memory(folder):
+    """Save a state with a quarter of the memory that it takes, and return the size of the file."""
+    parameters = {"x": torch.nn.Parameter(torch.ones(N_BYTES // 4))}
+    with limited_memory(N_BYTES // 4):
+        save_checkpoint(folder, Checkpoint(group={"parameters": parameters}))
+    return (folder / "checkpoint.pt").stat().st_size
+
+
+def test_a_run_saves_its_parameters_and_moments_from_where_they_are(tmp_path, monkeypatch):
+    save = Run.save
+    found = []
+
+    def count(run, group):
+        counter = MemoryCounter()
+        moments = group.optimizer.optimizer.state
+        for parameter in group.parameters.values():
+            for tensor in (parameter, *moments.get(parameter, {}).values()):
+                counter.add(tensor)
+        n_before = counter.now
+        with counter:
+            save(run, group)
+        found.append((counter.peak - n_before, n_before))
+
+    monkeypatch.setattr(Run, "save", count)
+    assert run(words(tmp_path / "run", method="full", lr=1e-3, steps=1)) == 0
+    assert found
+    # The state of the random numbers is copied, and the model would be a third.
+    assert all(n_more < n_bytes / 20 for n_more, n_bytes in found)
+
+
+def test_a_save_for_which_memory_is_missing_says_so(tmp_path, capsys, monkeypatch):
+    """It is no step that takes too much, so a smaller batch would not help."""
+
+    def copy_without_memory(state):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] can't allocate memory: 9 bytes.")
+
+    monkeypatch.setattr("minia3.training.checkpoint.on_cpu", copy_without_memory)
+    message = "checkpoint.pt: not enough memory to save the state: [enforce fail"
+    fails(words(tmp_path / "run", steps=1), capsys, message, code=1)
+    assert not list((tmp_path / "run").glob(".checkpoint*"))
 
 
 def test_values_of_other_parameters_are_not_taken():

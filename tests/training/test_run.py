@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import io
 import json
 import os
 import random
@@ -33,6 +34,7 @@ from running import (
 import minia3
 import train
 from minia3.checkpoints.load import load_model
+from minia3.training import checkpoint as training_checkpoint
 from minia3.training import group as training_group
 from minia3.training import run as training_run
 from minia3.training.checkpoint import save_checkpoint
@@ -556,20 +558,31 @@ def test_a_run_that_is_killed_again_and_again_continues_bit_for_bit(tmp_path):
     continues_as_if_it_had_not_stopped("best of", out)
 
 
+class SmallDisk(io.FileIO):
+    """A file of which the disk takes a part. Then it calls `fail`."""
+
+    def __init__(self, path, fail):
+        super().__init__(path, "w")
+        self.fail = fail
+
+    def write(self, data):
+        n_free = 2000 - self.tell()
+        if len(data) <= n_free:
+            return super().write(data)
+        super().write(data[:n_free])
+        return self.fail()
+
+
 @contextlib.contextmanager
 def torn_checkpoint(k):
-    """The k-th checkpoint is written by half when the process is killed."""
-    write = Path.write_bytes
+    """The k-th checkpoint is written by a part when the process is killed."""
     n = []
 
-    def half(path, data):
+    def open_small(path, mode):
         n.append(None)
-        if len(n) < k:
-            return write(path, data)
-        write(path, data[: len(data) // 2])
-        return kill_self()
+        return open(path, mode) if len(n) < k else io.BufferedWriter(SmallDisk(path, kill_self))
 
-    Path.write_bytes = half
+    training_checkpoint.open = open_small
     yield
 
 
@@ -719,20 +732,22 @@ def test_a_folder_that_is_deleted_while_the_run_trains_is_one_line(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("n_buffered", [1, 10**6])  # the disk fails in the middle, or at the end
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
-    number, tmp_path, capsys, monkeypatch
+    n_buffered, number, tmp_path, capsys, monkeypatch
 ):
     uninterrupted("adafactor")
     out = tmp_path / "run"
-    write = Path.write_bytes
 
-    def full(path, data):
-        if ".checkpoint.pt." in path.name and (out / "checkpoint.pt").exists():
-            write(path, data[:100])
-            raise OSError(number, os.strerror(number))
-        return write(path, data)
+    def fail():
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    def open_small(path, mode):
+        if not (out / "checkpoint.pt").exists():
+            return open(path, mode)
+        return io.BufferedWriter(SmallDisk(path, fail), n_buffered)
+
+    monkeypatch.setattr(training_checkpoint, "open", open_small, raising=False)
     named = f"{os.strerror(number)}: '{out / 'checkpoint.pt'}'"
     fails(recipe("adafactor", out), capsys, named, code=1)
     monkeypatch.undo()
