@@ -15,7 +15,7 @@ from minia3.training.config_file import read_config_file
 from minia3.training.flags import Parser, add_flags
 from minia3.training.rules import check_config
 from minia3.training.run_folder import check_same_flags, restore_flags
-from minia3.training.shown_commands import PLACES_OF_MACHINE
+from minia3.training.shown_commands import MAY_DIFFER
 from minia3.training.trackers import check_trackers
 
 TITLE = "Train (IA)^3 vectors for a task on a frozen T5 or LLaMA, and evaluate before and after"
@@ -93,8 +93,8 @@ def expand_paths(flags):
 def resume_if_begun(config, flags):
     """Return the flags of the run in --out if there is one, and else those of `config`.
 
-    flags: those that are given, with their values. PLACES_OF_MACHINE among them replace those of
-    the run. Raise ValueError if there is no --out, or if the run there has other flags.
+    flags: those that are given, with their values. Those in MAY_DIFFER replace those of the run.
+    Raise ValueError if there is no --out, or if the run there has other flags.
     """
     if config.out is None:
         raise ValueError("--or-resume looks for a run in the folder of --out: give --out, too")
@@ -103,8 +103,8 @@ def resume_if_begun(config, flags):
         return dataclasses.replace(config, or_resume=False)  # which config.json should not have
     check_config(config)  # before its flags are compared
     check_same_flags(folder, config)
-    places = {name: flags.get(name) for name in PLACES_OF_MACHINE}
-    config = restore_flags({"resume": config.out, **places})
+    given = {name: flags.get(name) for name in MAY_DIFFER}
+    config = restore_flags({"resume": config.out, **given})
     return dataclasses.replace(config, or_resume=True)
 
 

@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 from minia3.files.messages import shorten
 from minia3.model.target_logprobs import MAX_LOGITS
+from minia3.training.flags import option
 from minia3.training.memory_plan import StepShape
+from minia3.training.shown_commands import resume_command
 
 # The plan counts tensors. An allocator also keeps some of what is freed: measured on a CPU, a step
 # takes 1.4 times the plan.
@@ -32,12 +34,14 @@ class Demand(NamedTuple):
 def size_to_try(run, group, demand, free):
     """Return the number of examples to try if memory runs out: the size that fits, or else a half.
 
+    It is 0 if there is no smaller number than that of `demand`.
+
     free: the bytes that are free; None: not known. If they are far more than what is needed,
     nothing is planned. If they are not enough, print a note and, on a CPU, limit the process to
     what may be taken, so that it ends with a message. Otherwise the system would end it, or move
     everything that the user works with to the disk.
     """
-    half = max(1, demand.shape.n_examples // 2)
+    half = demand.shape.n_examples // 2
     if free is None or demand.bound < free / 2:
         return half
     usable = int(USABLE_SHARE * free)
@@ -52,7 +56,7 @@ def size_to_try(run, group, demand, free):
     print(f"note     {demand.subject} {sizes}: {advice}")
     if group.device.type == "cpu":
         run.resources.enter_context(limited_memory(usable))
-    return max(1, fitting)
+    return fitting or min(1, half)  # the plan may be wrong
 
 
 def gigabytes(n_bytes):
@@ -120,8 +124,24 @@ def limited_memory(n_bytes):
 
 
 def out_of_memory_message(error, run):
-    """Return what a run says when memory has run out: what to try, and what failed."""
+    """Return what a run says when memory has run out: what to try, what failed, and how to go on.
+
+    A size that cannot be smaller is no advice.
+    """
     reason = shorten(" ".join(str(error).split()), 120) or "no memory is left"
-    micro = f"--micro-batch-size (try {run.suggested_micro_batch_size})"
-    evaluation = f"--eval-batch-size (try {run.suggested_eval_batch_size})"
-    return f"out of memory: lower {micro} or {evaluation}: {reason}"
+    sizes = {
+        "micro_batch_size": run.suggested_micro_batch_size,
+        "eval_batch_size": run.suggested_eval_batch_size,
+    }
+    smaller = {name: size for name, size in sizes.items() if size > 0}
+    remedies = []
+    if smaller:
+        flags = [f"{option(name)} (try {size})" for name, size in smaller.items()]
+        remedies.append(f"lower {' or '.join(flags)}")
+    if len(smaller) < len(sizes):
+        remedies.append("use a smaller model, a shorter --max-length or --recompute")
+    message = f"out of memory: {', or '.join(remedies)}: {reason}"
+    if smaller and run.folder is not None and (run.folder / "config.json").exists():
+        command = resume_command(run.program, run.folder, run.unrecorded | smaller)
+        message += f"; to continue: {command}"
+    return message

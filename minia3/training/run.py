@@ -99,11 +99,10 @@ class Run:
         self.dtype = None  # of the base, for the checkpoints
         self.undo_step = None  # a function, while a step computes: see `step_may_be_abandoned`
         self.trackers = []
-        # What to advise if memory runs out. Planning it (memory_fit.py) may lead to better sizes.
-        self.suggested_micro_batch_size = max(
-            1, (config.micro_batch_size or config.batch_size) // 2
-        )
-        self.suggested_eval_batch_size = max(1, config.eval_batch_size // 2)
+        # What to advise if memory runs out; 0: no size is smaller. Planning it (memory_fit.py) may
+        # lead to better sizes.
+        self.suggested_micro_batch_size = (config.micro_batch_size or config.batch_size) // 2
+        self.suggested_eval_batch_size = config.eval_batch_size // 2
 
     def open_folder(self, config):
         """Lock the folder of the run, and read its checkpoint if there is one."""

@@ -27,7 +27,7 @@ from minia3.training.choices import CHAT_TEMPLATE
 from minia3.training.config import Config
 from minia3.training.config_file import recorded_flags
 from minia3.training.flags import as_tuple, option
-from minia3.training.shown_commands import PLACES, PLACES_OF_MACHINE
+from minia3.training.shown_commands import MAY_DIFFER, PLACES
 
 CONTENTS = (  # a run replaces these without asking, so a new run finds none of them
     *("config.json", "metrics.jsonl", "checkpoint.pt", "states"),
@@ -103,13 +103,17 @@ def knows_steps(content):
 
 
 def check_same_flags(folder, config):
-    """Raise ValueError if the run in a folder has other flags than `config`, except for PLACES."""
+    """Raise ValueError if the run in a folder has other flags than `config`.
+
+    PLACES and the flags in MAY_DIFFER do not count.
+    """
     content = read_run_config(folder)
     found = recorded_flags(content, folder)
-    fields = different_fields(config, found, knows_steps(content))
-    if fields:
-        name = fields[0].name
-        value = found.get(name, fields[0].default)
+    for field in different_fields(config, found, knows_steps(content)):
+        name = field.name
+        if name in MAY_DIFFER:
+            continue
+        value = found.get(name, field.default)
         raise ValueError(
             f"{folder} holds a run with other flags: {option(name)} is {value!r:.80}, expected "
             f"{getattr(config, name)!r:.80}: give another --out, or remove the folder"
@@ -199,13 +203,13 @@ def discard_run(folder):
 
 
 def restore_flags(given):
-    """Return the flags of the run in the folder `given["resume"]`, with the --steps and the
-    PLACES_OF_MACHINE that are given.
+    """Return the flags of the run in the folder `given["resume"]`, with the --steps and the flags
+    of MAY_DIFFER that are given.
 
     Raise ValueError if other flags are given.
     """
     given = {name: value for name, value in given.items() if value is not None}
-    allowed = ("steps", *PLACES_OF_MACHINE)
+    allowed = ("steps", *MAY_DIFFER)
     if given.keys() - {"resume", *allowed}:
         raise ValueError(
             f"--resume takes no other flags than {', '.join(map(option, allowed))}: "
@@ -291,7 +295,7 @@ def record_run(folder, checksums, weights, config):
     """Add to config.json the checksums of the data, the digest of the weights, how long the run is
     (see --epochs), and where it continues.
     """
-    names = ("steps", "epochs", *PLACES_OF_MACHINE)
+    names = ("steps", "epochs", *MAY_DIFFER)
     flags = {name: getattr(config, name) for name in names}
     found = {"data": checksums, "weights": weights}
     recorded = read_run_config(folder)

@@ -24,8 +24,11 @@ EVALUATION_FLAGS = (
     "max_new_tokens",
     "eval_prompt",
 )
-# These flags say on which machine a run happens. They may differ when it is resumed.
+# These flags say on which machine a run happens.
 PLACES_OF_MACHINE = ("data_dir", "device", "log_to")
+# These flags may differ when a run is resumed. The sizes change results by no more than rounding and
+# the draws of dropout, and another machine, or a row that is longer, may need smaller ones.
+MAY_DIFFER = (*PLACES_OF_MACHINE, "micro_batch_size", "eval_batch_size")
 # These flags say where a run happens and what it continues, and not what it computes.
 PLACES = (*PLACES_OF_MACHINE, "out", "resume", "config", "or_resume")
 PROMPTS = ("input", "target")
@@ -43,7 +46,7 @@ def unrecorded_flags(config, recorded):
     recorded: the content of config.json.
     """
     flags = {}
-    for name in ("steps", *PLACES_OF_MACHINE):
+    for name in ("steps", *MAY_DIFFER):
         value = getattr(config, name)
         if value != recorded.get(name):
             flags[name] = "none" if value is None else value  # of --log-to

@@ -425,8 +425,9 @@ def test_or_resume_needs_a_folder_and_the_same_flags(tmp_path, capsys):
     assert run(words(tmp_path / "run", steps=1)) == 0
     found = f"{tmp_path}/run holds a run with other flags: --lr is 0.003, expected 0.1"
     fails(words(tmp_path / "run", "--or-resume", steps=1, lr=0.1), capsys, found)
-    # Where a run happens is not what it does.
-    assert run(words(tmp_path / "run", "--or-resume", steps=1, data_dir=tmp_path)) == 0
+    # Where a run happens is not what it does, and neither is how many examples a pass reads.
+    others = {"data_dir": tmp_path, "micro_batch_size": 2, "eval_batch_size": 3}
+    assert run(words(tmp_path / "run", "--or-resume", steps=1, **others)) == 0
 
 
 def test_or_resume_takes_the_places_that_are_typed(tmp_path):

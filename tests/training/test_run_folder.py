@@ -210,6 +210,7 @@ def test_runs_with_other_flags_are_kept_apart(tmp_path, monkeypatch, capsys):
         ({"recompute": True, "seed": (0, 1)}, "-seed0,1-recompute"),
         ({"epochs": 2.0}, "-epochs2.0"),
         ({"dropout": 0.0, "shard": 0}, "-shard0-dropout0.0"),
+        ({"micro_batch_size": 2}, "-microbatchsize2"),
         ({"eval_prompt": "all", "sites": "k,v"}, "-sitesk,v-evalpromptall"),
     ],
 )

@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import io
+import json
 import resource
+import shlex
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -246,3 +248,34 @@ def test_without_a_plan_a_half_of_the_batch_is_offered(tmp_path, capsys, monkeyp
     monkeypatch.setattr(train, "choice_logprobs", full)
     arguments = words(tmp_path / "run", batch_size=6, eval_batch_size=10)
     fails(arguments, capsys, "--micro-batch-size (try 3)", "--eval-batch-size (try 5)", code=1)
+    others = "use a smaller model, a shorter --max-length or --recompute: CUDA out"
+    arguments = words(tmp_path / "single", micro_batch_size=1, eval_batch_size=10)
+    expected = f"out of memory: lower --eval-batch-size (try 5), or {others}"
+    fails(arguments, capsys, expected, code=1)
+    arguments = words(tmp_path / "both", batch_size=1, eval_batch_size=1)
+    fails(arguments, capsys, f"out of memory: {others}", code=1)
+
+
+def test_a_run_that_ran_out_of_memory_continues_with_the_command_that_it_names(
+    tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "run"
+    scored = train.choice_logprobs
+    n_passes = []
+
+    def full(*args):
+        n_passes.append(None)
+        if len(n_passes) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return scored(*args)
+
+    monkeypatch.setattr(train, "choice_logprobs", full)
+    assert run(words(out, save_every=3, eval_batch_size=10)) == 1
+    err = capsys.readouterr().err
+    command = shlex.split(err.partition("; to continue: python train.py ")[2])
+    sizes = {"micro_batch_size": 2, "eval_batch_size": 5}
+    assert command == ["--resume", str(out), "--micro-batch-size", "2", "--eval-batch-size", "5"]
+    assert run(command) == 0
+    assert len(n_passes) == 5 + 2 * 3  # the steps after the third, in two passes each
+    recorded = json.loads((out / "config.json").read_text())
+    assert {name: recorded[name] for name in sizes} == sizes
