@@ -36,8 +36,10 @@ def add_vectors(model, names):
     for name, width in possible_vectors(model).items():
         if name in names and isinstance(model.get_submodule(name), Unscaled):
             parent_name, _, attribute = name.rpartition(".")
-            vector = IA3(width, model.n_adapters).to(example)
-            vector.requires_grad_(example.requires_grad)
+            vector = IA3(width, model.n_adapters)
+            # Not by `vector.to`, which fails if the plan of a step makes fake tensors.
+            scale = vector.scale.detach().to(example)
+            vector.scale = torch.nn.Parameter(scale, example.requires_grad)
             setattr(model.get_submodule(parent_name), attribute, vector)
 
 

@@ -26,8 +26,8 @@ EVALUATION_FLAGS = (
 )
 # These flags say on which machine a run happens.
 PLACES_OF_MACHINE = ("data_dir", "device", "log_to")
-# These flags may differ when a run is resumed. The sizes change results by no more than rounding and
-# the draws of dropout, and another machine, or a row that is longer, may need smaller ones.
+# These flags may differ when a run is resumed. The sizes change results only by rounding and the
+# draws of dropout, and a run that ran out of memory needs smaller ones.
 MAY_DIFFER = (*PLACES_OF_MACHINE, "micro_batch_size", "eval_batch_size")
 # These flags say where a run happens and what it continues, and not what it computes.
 PLACES = (*PLACES_OF_MACHINE, "out", "resume", "config", "or_resume")

@@ -13,9 +13,8 @@ from math import ceil
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from minia3.adapters.lora import add_lora
+from minia3.adapters.lora import LoRA
 from minia3.files.processes import n_processes
-from minia3.model.ia3 import freeze
 from minia3.model.shard import is_sharded
 from minia3.training.device import free_memory
 from minia3.training.memory_fit import Demand, size_to_try, upper_bound
@@ -26,6 +25,7 @@ from minia3.training.memory_plan import (
     peak_beyond_weights,
     score_without_padding,
 )
+from minia3.training.methods import trainable_parameters
 from minia3.training.prepare import prepare_model
 
 # Bytes per trained parameter that the plan does not count: a gradient, and AdamW's two moments.
@@ -74,8 +74,22 @@ def planned_step(group, shape):
     model = group.model
     dtype = model.embed.weight.dtype
     sharded = is_sharded(model)
-    activations = planned_activations(model.config, dtype, shape, group.config, sharded)
+    config = config_of_lora(group) if group.config.method == "lora" else group.config
+    activations = planned_activations(model.config, dtype, shape, config, sharded)
     return activations + bytes_of_trained(group)
+
+
+def config_of_lora(group):
+    """Return the flags of a run, with the rank and the linears of its LoRA.
+
+    A LoRA of --adapter has those of its file.
+    """
+    loras = {}
+    for name, module in group.model.named_modules():
+        if isinstance(module, LoRA):
+            loras[name.rpartition(".")[2]] = module
+    rank = max(len(lora.lora_A) for lora in loras.values())
+    return replace(group.config, rank=rank, where=",".join(loras))
 
 
 def bytes_of_trained(group):
@@ -92,16 +106,13 @@ def planned_activations(model_config, dtype, shape, config, sharded=False):
 def peak_of_step(model_config, dtype, shape, config, sharded=False):
     """Return the most bytes that tensors take in a forward and backward pass, beyond the weights.
 
-    config: the flags of the run; dropout and recomputation change what is kept. sharded: whether
-    processes hold the base together, because then choices are not scored in chunks.
+    config: the flags of the run; what trains, dropout and recomputation change what is kept.
+    (--layers is not looked at: the vectors of all layers train here.) sharded: whether processes
+    hold the base together, because then choices are not scored in chunks.
     """
     with FakeTensorMode():
         model = model_without_values(model_config, dtype)
-        freeze(model)
-        if config.method == "full":
-            model.requires_grad_(True)
-        if config.method == "lora":
-            add_lora(model, config.rank, config.alpha, config.where.split(","), seed=0)
+        trainable_parameters(model, replace(config, adapter=None, layers="0-", seed=0))
         prepare_model(model, replace(config, compile=False))
         model.train()
 

@@ -22,10 +22,10 @@ from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.inference import scoring
 from minia3.inference.scoring import choice_logprobs
 from minia3.model.costs import LAYER_FIELDS
-from minia3.model.ia3 import freeze
 from minia3.training import memory_fit, step_memory
 from minia3.training.memory_fit import upper_bound
 from minia3.training.memory_plan import StepShape, extrapolate_depth
+from minia3.training.methods import trainable_parameters
 from minia3.training.step_memory import peak_of_step
 
 SMALL = dict.fromkeys(("n_layers", "n_decoder_layers"), 2)
@@ -35,16 +35,13 @@ CONFIGS = {
     "llama": replace(KNOWN_MODELS["smollm2-135m"].config, vocab_size=256, n_layers=2),
 }
 FLAGS = train.Config()
+ALL_SITES = "k,v,ff,q,o,up,gate"
 
 
-def real_peak(shape, method="ia3"):
-    """Return what the tensors of a real step of the embedded model take beyond the weights."""
-    model = minia3.load_model("tiny-t5").train()
-    freeze(model)
-    if method == "lora":
-        add_lora(model, FLAGS.rank, FLAGS.alpha, FLAGS.where.split(","), 0)
-    if method == "full":
-        model.requires_grad_(True)
+def real_peak(shape, flags=FLAGS, name="tiny-t5"):
+    """Return what the tensors of a real step of a model take beyond the weights."""
+    model = minia3.load_model(name).train()
+    trainable_parameters(model, flags)
     return peak_beyond_weights(
         model, shape, lambda batch: choice_logprobs(model, batch).sum().backward()
     )
@@ -83,8 +80,35 @@ def test_the_plan_of_another_method_has_what_its_gradients_need(shape, method):
     config = minia3.load_model("tiny-t5").config
     flags = replace(FLAGS, method=method)
     planned = peak_of_step(config, torch.float32, StepShape(*shape), flags)
-    assert planned == pytest.approx(real_peak(shape, method), rel=0.02)
+    assert planned == pytest.approx(real_peak(shape, flags), rel=0.02)
     assert planned != planned_peak(shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("t5", {"sites": "ff"}),
+        ("t5", {"sites": "k,v,ff,q,o"}),
+        ("llama", {"sites": ALL_SITES}),
+    ],
+)
+def test_the_plan_has_the_vectors_that_train(name, flags):
+    shape = (4, 20, 2, 3)
+    config = minia3.load_model(model(name)).config
+    flags = replace(FLAGS, **flags)
+    planned = peak_of_step(config, torch.float32, StepShape(*shape), flags)
+    assert planned == pytest.approx(real_peak(shape, flags, model(name)), rel=0.02)
+    assert planned != peak_of_step(config, torch.float32, StepShape(*shape), FLAGS)
+
+
+def test_the_plan_of_a_lora_from_a_file_has_its_rank_and_its_linears():
+    loaded = minia3.load_model("tiny-t5")
+    group = SimpleNamespace(model=loaded, n_trained=0, cells=[])
+    group.config = replace(FLAGS, method="lora", rank=50, where="q,k,v,o")
+    add_lora(loaded, 50, 16, ["q", "k", "v", "o"])
+    expected = step_memory.planned_step(group, StepShape(4, 20, 2, 3))
+    group.config = replace(FLAGS, method="lora", adapter="a file")
+    assert step_memory.planned_step(group, StepShape(4, 20, 2, 3)) == expected
 
 
 @counted_with_this_torch
@@ -113,11 +137,14 @@ def test_a_third_layer_is_planned_only_in_a_stack_that_is_not_two_deep():
 
 
 # A T5's own dropout is 0.1, and a LLaMA's is 0, with which a step keeps less.
-@pytest.mark.parametrize(("kind", "dropout"), [("t5", None), ("gated t5", None), ("llama", 0.1)])
+@pytest.mark.parametrize(
+    ("kind", "dropout", "sites"),
+    [("t5", None, "k,v,ff,q,o"), ("gated t5", None, ALL_SITES), ("llama", 0.1, ALL_SITES)],
+)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (8, 100, 4, 8), (64, 12, 30, 2)])
-def test_the_bound_is_never_below_the_plan(kind, shape, dropout):
+def test_the_bound_is_never_below_the_plan(kind, shape, dropout, sites):
     shape = StepShape(*shape)
-    config = replace(FLAGS, dropout=dropout)
+    config = replace(FLAGS, dropout=dropout, sites=sites)
     assert upper_bound(CONFIGS[kind], shape) > peak_of_step(
         CONFIGS[kind], torch.float32, shape, config
     )
