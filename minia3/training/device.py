@@ -17,20 +17,10 @@ DEVICES = {  # kind -> what it is; by default, a run takes the first one that th
     "cpu": "no GPU found",
 }
 
-# The limit of a container, what it uses, and the parts of that, in the two versions of Linux's
-# control groups.
-CONTAINER_FILES = (
-    (
-        "/sys/fs/cgroup/memory.max",
-        "/sys/fs/cgroup/memory.current",
-        "/sys/fs/cgroup/memory.stat",
-    ),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        "/sys/fs/cgroup/memory/memory.stat",
-    ),
-)
+# Linux's control groups, which limit a container or a job of a cluster: in which of them this
+# process is, and the folder that has a folder for each.
+GROUPS_OF_PROCESS = Path("/proc/self/cgroup")
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 LONGEST_REASON = 75  # characters: torch lists all of its devices, or refers to a web page
 
@@ -141,7 +131,7 @@ def free_memory(device):
 
 
 def free_memory_of_system():
-    """Return the bytes that this process can still take: of the machine, and of its container.
+    """Return the bytes that this process can still take: of the machine, and of its control groups.
 
     Several processes of a run get equal parts. Return None on systems other than Linux.
     """
@@ -150,18 +140,39 @@ def free_memory_of_system():
         for line in Path("/proc/meminfo").read_text("utf-8").splitlines():
             if line.startswith("MemAvailable:"):
                 limits.append(1024 * int(line.split()[1]))
-    for limit, used, parts in CONTAINER_FILES:
-        with suppress(OSError, ValueError):  # the file says "max" if there is no limit
-            n_used = int(Path(used).read_text()) - cached_files(Path(parts))
-            limits.append(int(Path(limit).read_text()) - n_used)
+    with suppress(OSError, ValueError):
+        for line in GROUPS_OF_PROCESS.read_text("utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            limits += free_in_groups(controllers, path)
     return max(0, min(limits)) // n_on_machine() if limits else None
 
 
-def cached_files(path):
-    """Return the bytes of files that a container keeps in memory until a process needs the memory.
+def free_in_groups(controllers, path):
+    """Return the bytes that are free in a control group and in those around it: one per limit.
 
-    After a download they may fill the container up to its limit. MemAvailable counts them as free,
-    too. path: of memory.stat. Raise OSError or ValueError if it cannot be read.
+    controllers, path: from a line of /proc/self/cgroup. A container may name its group as the
+    machine does, and see only the outermost folder, which is then its own.
+    """
+    root = CONTROL_GROUPS
+    files = ("memory.max", "memory.current")
+    if "memory" in controllers.split(","):  # version 1; version 2 names no controllers
+        root = CONTROL_GROUPS / "memory"
+        files = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    limit, used = files
+    folder = root / path.lstrip("/")
+    found = []
+    for group in (folder, *folder.parents):
+        with suppress(OSError, ValueError):  # the file says "max" if there is no limit
+            n_used = int((group / used).read_text()) - cached_files(group / "memory.stat")
+            found.append(int((group / limit).read_text()) - n_used)
+    return found
+
+
+def cached_files(path):
+    """Return the bytes of files that a group keeps in memory until a process needs the memory.
+
+    After a download they may fill the group up to its limit. MemAvailable counts them as free, too.
+    path: of memory.stat. Raise OSError or ValueError if it cannot be read.
     """
     sizes = {}
     for line in path.read_text("utf-8").splitlines():

@@ -69,26 +69,68 @@ def test_cublas_is_told_to_be_deterministic_unless_the_user_has_told_it_more(mon
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 
-def test_a_container_limits_the_memory_that_is_free(tmp_path, monkeypatch):
-    limit = tmp_path / "memory.max"
-    used = tmp_path / "memory.current"
-    parts = tmp_path / "memory.stat"
-    monkeypatch.setattr(training_device, "CONTAINER_FILES", [(str(limit), str(used), str(parts))])
-    parts.write_text("anon 100\n")
+LIMIT_AND_USED = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    2: ("memory.max", "memory.current"),
+}
+
+
+@pytest.fixture
+def limit_group(tmp_path, monkeypatch):
+    """Return a function that makes a control group with a limit, in a made-up /sys/fs/cgroup."""
+    monkeypatch.setattr(training_device, "CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(training_device, "GROUPS_OF_PROCESS", tmp_path / "groups of process")
+
+    def limit(path, limit, used, parts="anon 100\n", version=2):
+        folder = tmp_path / path
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, value in zip(LIMIT_AND_USED[version], (limit, used), strict=True):
+            (folder / name).write_text(f"{value}\n")
+        (folder / "memory.stat").write_text(parts)
+
+    return limit
+
+
+def test_a_container_limits_the_memory_that_is_free(limit_group):
+    training_device.GROUPS_OF_PROCESS.write_text("0::/\n")
     cpu = torch.device("cpu")
-    limit.write_text("5000\n")
     for n_used, n_free in ((2000, 3000), (5000, 0), (6000, 0)):
-        used.write_text(f"{n_used}\n")
+        limit_group(".", 5000, n_used)
         assert free_memory(cpu) == n_free
     # Files that were read stay in memory until somebody needs it, so this memory is free, too.
     version_2 = "active_file 700\ninactive_file 1300\nshmem 50\n"
     version_1 = "active_file 1\ninactive_file 2\ntotal_active_file 700\ntotal_inactive_file 1300\n"
     for text in (version_2, version_1):
-        parts.write_text(text)
+        limit_group(".", 5000, 6000, text)
         assert free_memory(cpu) == 1000
-    limit.write_text("max\n")
+    limit_group(".", "max", 6000)
     n_free = free_memory(cpu)
     assert n_free is None or n_free > 5000  # those of the machine
+
+
+@pytest.mark.parametrize(
+    ("version", "root", "lines"),
+    [
+        (2, "", "0::/slurm/job_7/step_0\n"),
+        (1, "memory/", "3:cpuset:/\n2:cpu,memory:/slurm/job_7/step_0\n0::/\n"),
+    ],
+)
+def test_a_job_of_a_cluster_limits_the_memory_that_is_free(version, root, lines, limit_group):
+    training_device.GROUPS_OF_PROCESS.write_text(lines)
+    cpu = torch.device("cpu")
+    limit_group(f"{root}slurm/job_7/step_0", "max", 2000, version=version)
+    limit_group(f"{root}slurm/job_7", 9000, 3000, version=version)
+    assert free_memory(cpu) == 6000
+    limit_group(f"{root}slurm", 9000, 8000, version=version)  # all jobs together
+    assert free_memory(cpu) == 1000
+    limit_group(f"{root}slurm/job_7/step_0", 2500, 2000, version=version)
+    assert free_memory(cpu) == 500
+
+
+def test_a_container_that_names_its_group_as_the_machine_does_is_limited(limit_group):
+    training_device.GROUPS_OF_PROCESS.write_text("4:memory:/docker/0123456789ab\n")
+    limit_group("memory", 5000, 2000, version=1)
+    assert free_memory(torch.device("cpu")) == 3000
 
 
 # Other devices than CUDA
