@@ -181,8 +181,8 @@ class Worker:
     def ask(self, request):
         """Return the reply to a request.
 
-        Raise ValueError if it is not JSON, or if the process dies, as it does if it goes beyond its
-        limits.
+        Raise ValueError if it is not JSON, if the process does not start, or if it dies, as it does
+        if it goes beyond its limits.
         """
         try:
             line = json.dumps(request).encode() + b"\n"
@@ -191,8 +191,8 @@ class Worker:
                 f"the messages have a value that JSON does not have: {error}"
             ) from None
         with self.lock:
-            self.start_if_needed()
             try:
+                self.start_if_needed()
                 reply = self.exchange(line)
             except BaseException:
                 # A signal came in between. The reply to this request must not answer the next one.
@@ -221,7 +221,8 @@ class Worker:
             return
         self.close()
         # Isolated (-I), so that no file of the working folder is imported in place of a package.
-        import_path = [folder for folder in sys.path if folder]
+        # Python ignores what is no text in its path.
+        import_path = [folder for folder in sys.path if isinstance(folder, str) and folder]
         self.process = subprocess.Popen(
             [sys.executable, "-I", template_worker.__file__, json.dumps(import_path)],
             stdin=subprocess.PIPE,
@@ -231,6 +232,14 @@ class Worker:
             start_new_session=True,
             creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         )
+        if self.process.stdout.readline().strip() != template_worker.GREETING.encode():
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(template_worker.MAX_SECONDS)
+            code = self.process.returncode
+            raise ValueError(
+                f"the process that renders templates did not start (exit code {code}): "
+                f"sys.executable is {sys.executable}, expected Python with enough memory to start"
+            )
 
     def close(self):
         """End the process."""

@@ -10,7 +10,8 @@ of expressions finds every such program, so the bounds are those of the operatin
              have no such limit that is enforced, so there the time is the only bound)
     text     more than MAX_CHARACTERS are refused as they come
 
-The process that asks (chat.py) writes one JSON object per line, and reads one line back. Besides,
+The process that asks (chat.py) reads GREETING, writes one JSON object per line, and reads one line
+back. If there is no greeting, it is not the template's fault that this process ended. Besides,
 a template has only the functions in the tables below, which real templates use.
 
 This file runs as a script in an isolated interpreter, so it imports nothing of minia3.
@@ -28,6 +29,7 @@ MAX_SECONDS = 10.0
 MAX_BYTES = 1 << 30
 MAX_CHARACTERS = 1 << 22  # a million tokens
 MAX_MESSAGE = 300  # characters of an error
+GREETING = "ready"
 
 # jinja2 has more, such as `lipsum`, `center` and `urlize`.
 GLOBALS = ("range", "dict", "namespace")
@@ -187,6 +189,7 @@ def main(import_path):
     sys.path = import_path
     limit_memory()
     nowhere = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
+    print(GREETING, flush=True)
     for line in sys.stdin:
         faulthandler.dump_traceback_later(MAX_SECONDS, exit=True, file=nowhere)
         reply = json.dumps(answer(json.loads(line)))

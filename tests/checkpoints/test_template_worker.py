@@ -287,6 +287,31 @@ def test_after_an_interrupt_the_next_text_is_not_that_of_the_last_request(monkey
     worker.close()
 
 
+def test_a_template_that_ends_a_process_which_has_just_started_is_blamed(hurried):
+    hurried.close()
+    template = doubling("7", "{% set ns.x = ns.x * ns.x %}")
+    assert "the template takes more than" in fails(template)
+
+
+def test_a_process_that_does_not_start_is_not_blamed_on_the_template(tmp_path, monkeypatch):
+    """sys.executable need not be Python, for example under uWSGI or in a frozen program."""
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\necho usage\nexit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    worker = chat.Worker()
+    with pytest.raises(ValueError, match="did not start \\(exit code 3\\)") as caught:
+        worker.ask({"template": "{{ 1 }}", "variables": {}})
+    assert f"sys.executable is {program}, expected Python" in str(caught.value)
+
+
+def test_what_is_no_text_in_the_import_path_is_ignored(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [tmp_path, *sys.path])  # a Path, which Python ignores, too
+    worker = chat.Worker()
+    assert worker.ask({"template": "{{ 1 }}", "variables": {}})["text"] == "1"
+    worker.close()
+
+
 def test_a_process_that_was_killed_in_between_starts_again():
     worker = chat.Worker()
     request = {"template": "{{ 1 }}", "variables": {}}
