@@ -32,7 +32,6 @@ from minia3.tasks.text_lines import decode
 TITLE = "Continue a text, answer a prompt, or chat"
 EXAMPLE = "minia3 generate tiny-t5 'anna has a red ball . same colour ?'"
 
-BATCH_SIZE = 16  # prompts that are answered at once
 COMMAND = re.compile(r"/[a-z]+")  # what is typed to the program and not to the model
 HELP = """\
 /reset   forget what was said so far
@@ -73,6 +72,13 @@ def add_arguments(parser):
         help="end an output before this text; may be given several times",
     )
     parser.add_argument("--seed", type=int, help="seed of the drawn tokens (default: a new one)")
+    parser.add_argument(
+        "--batch-size",
+        type=positive(int),
+        default=16,
+        help="prompts that are answered at once; of several samples or beams, each counts "
+        "(default: %(default)s)",
+    )
     add_max_new_tokens(parser)
     add_device_options(parser)
     add_quantize(parser)
@@ -162,7 +168,7 @@ def options_of(args):
         "seed": args.seed,
         "max_new_tokens": args.max_new_tokens,
         "compile": args.compile,
-        "batch_size": math.ceil(BATCH_SIZE / n_processes()),  # of each process
+        "batch_size": math.ceil(args.batch_size / n_processes()),  # of each process
     }
 
 
@@ -235,7 +241,7 @@ class Generator:
         if not is_first():
             texts = ()
         remaining = iter(texts)
-        while batch := from_first(list(islice(remaining, BATCH_SIZE))):
+        while batch := from_first(list(islice(remaining, self.args.batch_size))):
             self.answer(batch)
 
     def converse(self):

@@ -352,8 +352,8 @@ def check_bias(*shape):
     if n_numbers > MAX_BIAS:
         raise ValueError(
             f"attention from {shape[-2]:,} to {shape[-1]:,} tokens needs a bias of {n_numbers:,} "
-            f"numbers, expected at most {MAX_BIAS:,}: shorten the texts (--max-length, "
-            "--max-target-length), or lower the batch size"
+            f"numbers, expected at most {MAX_BIAS:,}: lower the batch size, or shorten the texts "
+            "(in train.py and predict: --max-length, --max-target-length)"
         )
 
 

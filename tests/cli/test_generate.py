@@ -166,6 +166,26 @@ def test_each_line_of_a_pipe_is_a_prompt(capsys, monkeypatch):
     assert [answer["output"] for answer in answers] == expected(prompts, max_new_tokens=3)
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_the_size_of_a_batch_changes_no_text(batch_size, capsys, monkeypatch):
+    prompts = [f"w{3 + i}" for i in range(20)]
+    texts = expected(prompts, temperature=3.0, seed=1, max_new_tokens=4)
+    sizes = []
+    original = decoding.generate_texts
+
+    def counting(model, tokenizer, prompts, *rest):
+        sizes.append(len(prompts))
+        return original(model, tokenizer, prompts, *rest)
+
+    monkeypatch.setattr(decoding, "generate_texts", counting)
+    pipe("\n".join(prompts).encode(), monkeypatch)
+    words = ["--json", "--temperature", "3", "--seed", "1", "--max-new-tokens", "4"]
+    words += ["--batch-size", str(batch_size)]
+    lines = output(capsys, "generate", running.model("t5"), *words).splitlines()
+    assert [json.loads(line)["output"] for line in lines] == texts
+    assert max(sizes) == min(batch_size, 20)
+
+
 def test_a_line_of_a_pipe_loses_only_its_end_and_blank_lines_are_skipped(capsys, monkeypatch):
     pipe(b"  w3 w4 \n\n   \nw5", monkeypatch)
     words = ["generate", running.model("t5"), "--max-new-tokens", "1", "--json"]
