@@ -137,8 +137,8 @@ def run_grid(run: Run, config: Config):
         return
 
     with first_goes_first():  # because this downloads
+        check_model(config.model)  # before the cells, which depend on what it has learned
         cells = make_cells(config)
-        check_model(config.model)  # before anything is printed
     config = set_steps(config, cells)  # --epochs
     device, reason = choose_device(config.device)
     dtype = choose_dtype(config, device)

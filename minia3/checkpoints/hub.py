@@ -2,6 +2,7 @@
 
     find            t5-base, google-t5/t5-base, a/folder, model.gguf     the files of a model
     find_adapter    user/adapter, a/folder, finish.pt                    the files of an adapter
+    local_path      org/name                                             where `find` has put them
 
 Downloads go through huggingface_hub, so its cache and its variables (HF_TOKEN, HF_HOME,
 HF_ENDPOINT, HF_HUB_OFFLINE) work, and a download that broke off is resumed. huggingface_hub is
@@ -17,7 +18,7 @@ import re
 import socket
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -77,8 +78,27 @@ def find(name_or_path, weights=True):
         raise ValueError(f"{name_or_path}: no such {expected}{hint}")
     other_files = (MERGES_FILE, CHAT_TEMPLATE_FILE, TOOL_TEMPLATE_FILE, ADDED_TOKENS_FILE)
     optional = (*SETTINGS_FILES, *TOKENIZER_FILES, *other_files)
+    if row is None:  # minia3 may have trained this model
+        optional += ("task.json",)
     wanted_weights = WEIGHT_FILES if weights else ()
     return fetch(repo, "config.json", optional, wanted_weights)
+
+
+def local_path(name_or_path):
+    """Return the folder in the cache to which `find` has downloaded a hub id.
+
+    Return a path or a known name as it is, and a hub id that was not downloaded, too. This needs no
+    network.
+    """
+    name = str(name_or_path)
+    if known_model(name) or os.path.exists(name) or not HUB_ID.fullmatch(name):
+        return name_or_path
+    from huggingface_hub import try_to_load_from_cache
+
+    config = None
+    with suppress(ValueError):  # a path that leads nowhere need not be a valid hub id
+        config = try_to_load_from_cache(name, "config.json")
+    return os.path.dirname(config) if isinstance(config, str) else name_or_path
 
 
 def find_adapter(name_or_path):

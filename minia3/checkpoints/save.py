@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from minia3.checkpoints.config import to_hf
+from minia3.checkpoints.hub import local_path
 from minia3.checkpoints.known_models import base_of, known_model
 from minia3.checkpoints.layout import STALE_TOKENIZER_FILES, WEIGHT_FILES
 from minia3.checkpoints.tensor_names import name_table
@@ -84,7 +85,7 @@ def save_others(folder, model, dtype, tokenizer):
         config = replace(config, eos_ids=(*config.eos_ids, eos_id))
     raw = to_hf(config, dtype)
     name = getattr(model, "name_or_path", getattr(model, "made_of", None))
-    base = base_of(name) if name else None
+    base = base_of(local_path(name)) if name else None
     if base and known_model(base):
         # With this key, the model gets the prompts that its base knows from pre-training.
         raw["_name_or_path"] = str(base)

@@ -101,6 +101,7 @@ def add_size_options(parser):
 
 
 def run(args):
+    from minia3.checkpoints.hub import find
     from minia3.checkpoints.tokenizer import load_tokenizer
     from minia3.inference.result_file import follow, write_results
 
@@ -115,6 +116,7 @@ def run(args):
     with first_goes_first():  # because these write and download
         finish_adapters(args.adapter)
         check_adapter(args.adapter)
+        find(args.model, weights=False)  # `make_forms` reads what the model has learned
         forms = make_forms(args)
     model = load_model(args)
     adapters, default_adapter = load_adapters(model, args.adapter)
@@ -296,15 +298,13 @@ def choose_task(args, tasks):
 
 def make_form(spec, args):
     """Return the Form of a task's rows. Raise ValueError if it has no prompt of this number."""
-    from minia3.checkpoints.known_models import base_of, known_model
     from minia3.inference.prediction import Form
     from minia3.tasks.column_flags import ColumnFlags, with_flags
     from minia3.tasks.prompts import for_family
+    from minia3.training.learned import family_of
 
     spec = with_flags(spec, ColumnFlags(input=args.input, labels=args.labels))
-    known = known_model(base_of(args.model))
-    family = known.family if known else None
-    prompts = for_family(spec.prompts, family)
+    prompts = for_family(spec.prompts, family_of(args.model))
     check_prompt_number(args.prompt, len(prompts))
     return Form(spec, prompts[args.prompt])
 

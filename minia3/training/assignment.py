@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from minia3.checkpoints.known_models import base_of, known_model
 from minia3.inference.metrics import check_package
 from minia3.tasks.prompts import Prompt, for_family
 from minia3.tasks.task import Task
 from minia3.training.doubts import doubts_about_rows, loss_notes
+from minia3.training.learned import family_of
 
 # A note for a run that trains nothing, on a file that is split in three.
 ONLY_A_PART = (
@@ -154,12 +154,6 @@ def check_losses(task, config):
             f"{task.name}: there is one label, so only the loss lm can train: expected lm in "
             f"--losses, found {config.losses}; or name all labels with --labels"
         )
-
-
-def family_of(model):
-    """Return the family of a known model, or of the model that a saved one came from; or None."""
-    known = known_model(base_of(model))
-    return known.family if known else None
 
 
 def choose_prompts(prompts, asked, task_name):

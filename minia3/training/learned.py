@@ -1,8 +1,12 @@
-"""What an adapter has learned, or a model that was trained or merged as a whole."""
+"""What an adapter has learned, or a model that was trained or merged as a whole.
+
+If a model is a hub id, `find` must have downloaded it before (without weights is enough).
+"""
 
 from pathlib import Path
 
-from minia3.checkpoints.hub import find_adapter
+from minia3.checkpoints.hub import find_adapter, local_path
+from minia3.checkpoints.known_models import base_of, known_model
 from minia3.files.write import finish_writing
 from minia3.tasks.task_file import read_tasks_beside
 
@@ -16,8 +20,14 @@ def learned_tasks(model, adapter=None):
     """
     if adapter is not None:
         return read_tasks_beside(find_adapter(adapter))
-    path = Path(model)
+    path = Path(local_path(model))
     if path.is_file():
         return {}
     finish_writing(path)
     return read_tasks_beside(path)
+
+
+def family_of(model):
+    """Return the family of a known model, or of the model that a saved one came from; or None."""
+    known = known_model(base_of(local_path(model)))
+    return known.family if known else None

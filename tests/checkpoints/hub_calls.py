@@ -4,6 +4,8 @@ huggingface_hub reads its environment when it is imported. So the process is for
 that has not imported it, and neither does this module.
 """
 
+import contextlib
+import io
 import json
 import os
 import time
@@ -44,9 +46,14 @@ def answer(answers, log, environ, calls, longest_wait):
 
 
 def outcome(call, name):
-    """Return the files that a call finds, the sum of the weights that it loads, or its error."""
+    """Return the files that a call finds, the sum of the weights that it loads, or its error.
+
+    For a command, return what it prints, or its message if it fails. name: its words.
+    """
     from minia3.checkpoints import hub
 
+    if call == "command":
+        return printed(name)
     try:
         if call == "find without weights":
             return sorted(path.name for path in hub.find(name, weights=False).iterdir())
@@ -57,3 +64,13 @@ def outcome(call, name):
         return f"ValueError: {error}"
     weights = [p for name, p in model.named_parameters() if not name.endswith(".scale")]
     return sum(p.double().sum().item() for p in weights)
+
+
+def printed(words):
+    from minia3.cli.main import main
+
+    out = io.StringIO()
+    err = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(words)
+    return err.getvalue() if code else out.getvalue()

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import socket
 import tempfile
 import threading
@@ -29,7 +30,7 @@ from safetensors.torch import load_file
 
 import minia3
 from minia3.checkpoints.hub import find, find_adapter, why_unreachable
-from minia3.checkpoints.known_models import known_model
+from minia3.checkpoints.known_models import EMBEDDED, known_model
 from minia3.cli.info import info
 
 
@@ -363,6 +364,59 @@ def test_an_adapter_that_cannot_be_downloaded_is_refused_like_a_model(hub, tmp_p
     for message, expected in zip(found, messages.values(), strict=True):
         assert message.startswith(f"ValueError: {expected}")
         assert "\n" not in message
+
+
+@pytest.fixture
+def trained(hub, tmp_path):
+    """The folder of a model that was made from t5-base and has learned a task. The repository
+    user/trained has the same files.
+    """
+    folder = tmp_path / "trained"
+    shutil.copytree(EMBEDDED, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"_name_or_path": "t5-base"}))
+    task = {"labels": ["no", "yes"], "prompts": [{"text": "compare . {input}"}]}
+    (folder / "task.json").write_text(json.dumps(task))
+    hub.repositories["user/trained"] = content_of(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_trained_model_is_on_the_hub_what_its_folder_is_here(hub, trained, tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"input": "anna has a red ball ."}\n')
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"premise": "anna has a red ball .", "hypothesis": "tom has a cup ."}\n')
+
+    def commands(model, out):
+        return [
+            ("command", ["predict", model, str(texts)]),
+            ("command", ["predict", model, str(pairs), "--task", "rte"]),
+            ("command", ["convert", model, str(out)]),
+        ]
+
+    calls = commands(str(trained), tmp_path / "here") + commands("user/trained", tmp_path / "hub")
+    found = ask(tmp_path / "cache", hub.address, calls)
+    assert json.loads(found[0])["choice"] in ("no", "yes")  # the learned labels
+    assert found[3:5] == found[:2]
+    assert content_of(tmp_path / "hub") == content_of(tmp_path / "here")
+    assert (tmp_path / "hub" / "task.json").exists()
+    assert json.loads((tmp_path / "hub" / "config.json").read_text())["_name_or_path"] == "t5-base"
+
+    # The cache is enough, and without it the message is the one of a model that cannot be loaded.
+    offline = [calls[3], ("load", "user/trained")]
+    assert ask(tmp_path / "cache", hub.address, offline, HF_HUB_OFFLINE="1")[0] == found[0]
+    command, load = ask(tmp_path / "empty", hub.address, offline, HF_HUB_OFFLINE="1")
+    assert command == load.replace("ValueError", "minia3") + "\n"
+
+
+@pytest.mark.slow
+def test_a_run_evaluates_a_trained_model_of_the_hub_on_what_it_has_learned(hub, trained, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"input": "anna has a red ball .", "label": "no"}\n' * 20)
+    words = ["train", "--model", "user/trained", "--task", str(rows), "--eval-only"]
+    (shown,) = ask(tmp_path / "cache", hub.address, [("command", words)])
+    assert "the rows get the learned prompt and words (task.json)" in shown
 
 
 @pytest.mark.slow
