@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import chain
 from typing import NamedTuple
 
-from minia3.tasks.format_strings import field_names, roots_of
+from minia3.tasks.format_strings import column_of, field_names, label_of, roots_of
 from minia3.tasks.names import fold_case, nearest_of
 
 N_FIRST_ROWS = 20  # enough to see what the columns hold
@@ -93,8 +93,10 @@ class Columns(ColumnNames):
         self.origin = origin
 
     def values(self, name: str) -> Iterable:
-        column = self.name_in_file(name)
-        return (row.get(column) for row in self.rows)
+        """Return the values of a column, or of an item of it."""
+        root = name if name in self else column_of(name)
+        field = self.name_in_file(root) + name[len(root) :]
+        return (label_of(row, field) for row in self.rows)
 
     def check_name(self, name: str, origin: str):
         """Raise ValueError, with the nearest name, if there is no such column.

@@ -86,6 +86,34 @@ def value_of(row: dict, name: str):
     return value
 
 
+def check_items(row: dict, name: str):
+    """Raise ValueError if a field names an item of a text, which would be one of its letters."""
+    for match in re.finditer(r"\[", name):
+        holder = name[: match.start()]
+        value = value_of(row, holder)
+        if isinstance(value, str):
+            raise ValueError(
+                f"{holder!r} is {value!r:.40}, expected a list or an object, because an item of it "
+                "is named (a .csv keeps no lists, but .jsonl and .parquet do)"
+            )
+
+
+def label_of(row: dict, field: str):
+    """Return the value of a label's column, or of an item of it, or None if the row has none."""
+    if field in row or column_of(field) == field:
+        return row.get(field)
+    try:
+        check_items(row, field)
+        return value_of(row, field)
+    except (LookupError, TypeError):
+        return None
+
+
+def column_of(field: str) -> str:
+    """Return the column of a label: label, for label[0]. (Its name may have a dot.)"""
+    return field.partition("[")[0] if field.endswith("]") else field
+
+
 def fill(text: str, row: dict) -> str:
     """Return a format string with the fields of a row. Raise ValueError if the row lacks some."""
     try:

@@ -12,7 +12,16 @@ from typing import NamedTuple
 from minia3.files.messages import plural
 from minia3.tasks.columns import names_in_task
 from minia3.tasks.csv_rows import ChoicesCell, parse_choices
-from minia3.tasks.format_strings import field_names, plain_names, root_of, roots_of, value_of
+from minia3.tasks.format_strings import (
+    check_items,
+    column_of,
+    field_names,
+    label_of,
+    plain_names,
+    root_of,
+    roots_of,
+    value_of,
+)
 from minia3.tasks.labels import INTEGER, find_choice, find_label, find_user_label, label_text
 from minia3.tasks.messages import check_messages, has_answer, in_openai_form
 from minia3.tasks.names import nearest_of
@@ -111,7 +120,7 @@ def expected_names(spec: TaskSpec) -> list[str]:
     """Return the names of the fields that the task uses."""
     if spec.messages:
         return [spec.messages, "tools"]
-    names = [spec.label_field]
+    names = [spec.label_field, column_of(spec.label_field)]
     for prompt in spec.prompts:
         names += roots_of(prompt.templates)
         if not prompt.choices and not prompt.target:
@@ -272,7 +281,8 @@ def read_label(row: dict, spec: TaskSpec, may_be_hidden: bool) -> int:
     if spec.answer_of(row) == "target":
         return 0  # the text to write is the only choice, and the right one
     if spec.labels:
-        return find_user_label(row.get(field), spec.labels, spec.prompts[0], field, may_be_hidden)
+        value = label_of(row, field)
+        return find_user_label(value, spec.labels, spec.prompts[0], field, may_be_hidden)
     return find_choice(row.get(field), row["choices"], field, may_be_hidden)
 
 
@@ -441,6 +451,7 @@ def check_values(prompt: Prompt, row: dict):
     answers = prompt.choices or (prompt.target,)
     for text in (prompt.text, *answers):
         for name in field_names(text):
+            check_items(row, name)
             value = value_of(row, name)
             if not is_number(value) and not isinstance(value, str):
                 advice = f"; {{{name}[0]}} is its first item" if isinstance(value, list) else ""

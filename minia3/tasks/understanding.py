@@ -29,7 +29,7 @@ from minia3.tasks.columns import (
     find_set,
     has_verdicts,
 )
-from minia3.tasks.format_strings import field_names, roots_of
+from minia3.tasks.format_strings import column_of, field_names, roots_of
 from minia3.tasks.labels import MANY_LABELS, Labels, name_labels, order_like_choices, words_of
 from minia3.tasks.names import list_names
 from minia3.tasks.prompts import OWN_PROMPTS, Prompt
@@ -116,7 +116,8 @@ def assign_roles(columns: Columns, spec: TaskSpec, flags: ColumnFlags) -> Column
     """Return which columns are the input and the answer. Raise ValueError if that is unclear."""
     given = given_roles(spec, flags)
     if given.label:
-        columns.check_name(given.label, "the task file's 'label_field' (default: label)")
+        label = given.label if given.label in columns else column_of(given.label)
+        columns.check_name(label, "the task file's 'label_field' (default: label)")
         given = given._replace(has_row_choices="choices" in columns)
     roles = with_usual_columns(given, columns)
     if roles.messages:
@@ -241,7 +242,7 @@ def describe(columns: Columns, roles: ColumnRoles, labels: Labels) -> str:
         used = roots_of(prompt.text for prompt in roles.prompts)
         answer = describe_answer(columns, roles, labels)
     text = f"reads {list_in_file(columns, used)}, {answer}"
-    known = {*used, *roles.answer_columns, roles.label, *SPECIAL}
+    known = {*used, *roles.answer_columns, roles.label, column_of(roles.label), *SPECIAL}
     if roles.has_row_choices:
         known |= {"choices", "target"}
     known = {columns.name_in_file(name) for name in known}
@@ -303,7 +304,7 @@ def notes_on_integers(
 
 def has_columns(rows: Sequence[dict], spec: TaskSpec) -> bool:
     """Return whether rows have all the columns that a task reads."""
-    names = [spec.label_field] if has_label(spec) else []
+    names = [column_of(spec.label_field)] if has_label(spec) else []
     for prompt in spec.prompts:
         names += roots_of(prompt.templates)
         if not prompt.choices and not prompt.target:

@@ -14,7 +14,7 @@ from minia3.tasks.prompts import render
 from minia3.tasks.rows import PREDICTED, normalize_row, without_target
 from minia3.tasks.splits import load_task
 from minia3.tasks.task import TaskSpec
-from minia3.tasks.task_file import make_entry, read_task_file
+from minia3.tasks.task_file import make_entry, read_entry, read_task_file
 from minia3.tasks.understanding import guess_task
 
 
@@ -633,6 +633,47 @@ def test_with_labels_the_target_is_the_column_of_the_label(tmp_path):
     assert task.columns == "reads text, picks mood among good, bad, none"
     with pytest.raises(ValueError, match=r"--target is '{mood}!', expected a column in braces"):
         load(tmp_path, *rows, target="{mood}!", labels="good,bad")
+
+
+@pytest.mark.parametrize("name", ["label", "Label", "_source"])
+def test_with_labels_the_target_may_be_an_item_of_a_column(name, tmp_path):
+    """The message for such files advised it, and then it was refused: 'label[0]' was None."""
+    rows = [{"text": "a", name: ["good", "x"]}, {"text": "b", name: ["bad"]}]
+    flags = {"input": "{text}", "target": f"{{{name.lower()}[0]}}", "labels": "bad,good"}
+    task = load(tmp_path, *rows, **flags)
+    assert rendered(task) == [("a", ["bad", "good"], 1), ("b", ["bad", "good"], 0)]
+    assert task.columns == f"reads text, picks {name.lower()}[0] among bad, good"
+    learned = read_entry(json.loads(json.dumps(make_entry(task.spec))), tmp_path)
+    assert rendered(load(tmp_path, *rows, like=learned)) == rendered(task)
+    entry = {"label_field": f"{name}[0]", "prompts": [{"text": "{text}"}]}
+    assert rendered(load_described(tmp_path, entry, *rows)) == [
+        ("a", ["good", "bad"], 0),
+        ("b", ["good", "bad"], 1),
+    ]
+    with pytest.raises(ValueError, match=r"rows.jsonl:3: 'label\[0\]' is None, expected one of"):
+        load(tmp_path, *rows, {"text": "c", "label": []}, target="{label[0]}", labels="bad,good")
+
+
+def test_a_column_of_the_input_may_have_an_item_that_is_the_label(tmp_path):
+    row = {"label": {"text": "a", "mood": 1}}
+    flags = {"input": "{label[text]}", "target": "{label[mood]}", "labels": "bad,good"}
+    task = load(tmp_path, row, **flags)
+    assert rendered(task) == [("a", ["bad", "good"], 1)]
+    assert task.columns == "reads label, picks label[mood] among bad (0), good (1)"
+
+
+@pytest.mark.parametrize("labels", [None, "a,b"])
+@pytest.mark.parametrize("text", ["{label[0]}", "{Label[0][0]}"])
+def test_the_letters_of_a_text_are_not_its_items(text, labels, tmp_path):
+    """A list in a .csv file is a text. The model learned to write its first letter, a bracket."""
+    (tmp_path / "rows.csv").write_text("text,label\n" + "x,['a']\n" * 5)
+    message = r"""'[lL]abel' is "\['a'\]", expected a list or an object, because an item of it is"""
+    with pytest.raises(ValueError, match=message):
+        load_task(tmp_path / "rows.csv", input="{text}", target=text, labels=labels)
+    with pytest.raises(ValueError, match=message):
+        load_task(tmp_path / "rows.csv", input=text, target="{text}")
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, {"text": "x", "label": "['a']"}, input="{text}", target=text)
 
 
 def test_a_flag_replaces_what_it_names_and_the_rest_of_a_task_file_stays(tmp_path):
