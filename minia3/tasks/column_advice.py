@@ -48,11 +48,11 @@ def explain(columns: Columns, needs_answer: bool, used: Sequence[str]) -> str:
     )
 
 
-def explain_verdicts(columns: Columns, target: str) -> str:
+def explain_verdicts(columns: Columns, target: str, verdict: str) -> str:
     """Return the message for a file that says of some answers that they are bad, as for KTO."""
     label = columns.name_in_file("label")
     return (
-        f"{columns.origin} has answers to write, and its column {label!r} is false for some of "
+        f"{columns.origin} has answers to write, and its column {label!r} is {verdict} for some of "
         f'them: leave those rows out, or learn all answers with --target "{target}"'
     )
 

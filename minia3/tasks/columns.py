@@ -232,15 +232,20 @@ def ordered_sets(
     return COLUMN_SETS
 
 
-def has_verdicts(columns: Columns) -> bool:
-    """Return whether the column `label` is true or false in each row, and false in some.
+def find_bad_verdict(columns: Columns, answer: str) -> str:
+    """Return "false" or "0" if the column `label` says with it that some answers are bad, or "".
 
-    In files for KTO, it says whether the completion of a prompt is good.
+    In files for KTO it says so, and in WikiQA. But if there are only two answers, 0 and 1 may stand
+    for them. answer: the column of the answers.
     """
     if "label" not in columns:
-        return False
+        return ""
     verdicts = {str(value).lower() for value in columns.values("label") if value is not None}
-    return "false" in verdicts and verdicts <= {"true", "false"}
+    if "false" in verdicts and verdicts <= {"true", "false"}:
+        return "false"
+    verdicts = {verdict.removesuffix(".0") for verdict in verdicts}
+    n_answers = len(set(map(str, columns.values(answer))))
+    return "0" if "0" in verdicts and verdicts <= {"0", "1"} and n_answers > 2 else ""
 
 
 def find_conversation(columns: Columns) -> ColumnSet | None:

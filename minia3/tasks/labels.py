@@ -25,7 +25,9 @@ INTEGER = re.compile(r"0|-?[1-9][0-9]*")
 BOOLEANS = ("false", "true")  # in their own order
 # As pandas writes an integer beside an empty cell, and a database a decimal (1.00).
 INTEGER_AS_FLOAT = re.compile(r"(-?\d+)\.0+")
-HIDDEN = ("-1", "none", "null", "nan")  # labels of test rows that stand for "no label"
+# Labels of test rows that stand for "no label". (SNLI has "-", and its copy on the hub -1.)
+HIDDEN = ("-1", "-", "none", "null", "nan")
+DOUBTFUL = (*HIDDEN, "na", "n/a", "?")  # in train, they may mean that, or be labels like others
 
 
 class Labels(NamedTuple):
@@ -95,6 +97,12 @@ def split_words(given: str | Sequence[str]) -> tuple[str, ...]:
             "with commas between them, or a JSON list of them"
         )
     return words
+
+
+def doubtful_labels(labels: Labels) -> list[str]:
+    """Return the labels of a file that may stand for "no label". Beside 1 alone, -1 is a label."""
+    found = [word for word in labels.spelled if fold_case(word) in DOUBTFUL]
+    return [word for word in found if word != "-1" or "0" in labels.spelled]
 
 
 # Finding the labels of a file

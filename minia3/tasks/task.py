@@ -130,7 +130,11 @@ class Task(NamedTuple):
         """Raise ValueError if there are no labeled rows to report on."""
         if self.has_labeled_test or self.validation:
             return
-        remedy = "add a validation file, or label all rows of the test file"
+        n_hidden = sum(row["label"] < 0 for row in self.test)
+        remedy = (
+            "add a validation file, or label all rows of the test file "
+            f"({n_hidden} of {len(self.test)} have no label)"
+        )
         if self.spec.is_published:  # RAFT
             remedy = "all of them are shots, so give fewer --shots"
         raise ValueError(f"{self.name}: no labeled rows to report on: {remedy}")

@@ -25,12 +25,19 @@ from minia3.tasks.columns import (
     ColumnNames,
     Columns,
     ColumnSet,
+    find_bad_verdict,
     find_conversation,
     find_set,
-    has_verdicts,
 )
 from minia3.tasks.format_strings import column_of, field_names, roots_of
-from minia3.tasks.labels import MANY_LABELS, Labels, name_labels, order_like_choices, words_of
+from minia3.tasks.labels import (
+    MANY_LABELS,
+    Labels,
+    doubtful_labels,
+    name_labels,
+    order_like_choices,
+    words_of,
+)
 from minia3.tasks.names import list_names
 from minia3.tasks.prompts import OWN_PROMPTS, Prompt
 from minia3.tasks.task import TaskSpec
@@ -84,6 +91,7 @@ def understand(
     columns.check_texts([flags.input or ""], "--input")
     columns.check_texts([flags.target or ""], "--target")
 
+    given = spec
     roles = assign_roles(columns, spec, flags)
     prompts = roles.prompts
     labels = Labels((), ())
@@ -106,6 +114,8 @@ def understand(
     spec = rename_reserved(spec, columns)
     roles = roles._replace(prompts=prompts)
     notes = notes_on_labels(roles, labels) + notes_on_integers(roles, columns, label_names)
+    if not flags.labels and not given.labels:
+        notes += notes_on_doubtful_labels(labels)
     return Understanding(spec, describe(columns, roles, labels), notes)
 
 
@@ -129,8 +139,10 @@ def assign_roles(columns: Columns, spec: TaskSpec, flags: ColumnFlags) -> Column
         return roles
     if flags.labels and roles.target:
         roles = roles._replace(target="", label=only_field(roles.target))
-    if roles.target and not given.target and has_verdicts(columns):
-        raise ValueError(explain_verdicts(columns, roles.target))
+    if roles.target and not given.target:
+        verdict = find_bad_verdict(columns, roots_of([roles.target])[0])
+        if verdict:
+            raise ValueError(explain_verdicts(columns, roles.target, verdict))
     if names_choices(spec, flags):
         roles = roles._replace(has_row_choices=False)
     return roles
@@ -281,6 +293,17 @@ def notes_on_labels(roles: ColumnRoles, labels: Labels) -> list[str]:
         advice = f'if they are texts to write, give --target "{{{roles.label}}}"'
         note = f"{note}: {advice}"
     return [note]
+
+
+def notes_on_doubtful_labels(labels: Labels) -> list[str]:
+    """Return a note on labels that may say that a row has none. They would be learned like any."""
+    found = doubtful_labels(labels)
+    if not found:
+        return []
+    return [
+        f"labels that may stand for no label: {list_names(map(repr, found))}; "
+        "leave their rows out if that is so"
+    ]
 
 
 def notes_on_integers(

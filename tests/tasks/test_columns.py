@@ -820,6 +820,28 @@ def test_what_is_advised_for_pairs_of_answers_works(tmp_path):
     assert task.train[0]["messages"][1:] == TURN
 
 
+@pytest.mark.parametrize("bad", [0, 0.0, "0"])
+def test_answers_with_a_zero_as_their_label_are_not_learned_unnoticed(bad, tmp_path):
+    """In WikiQA, most answers are wrong, and were learned as if they were right."""
+    rows = [
+        {"question": "a", "answer": "b", "label": 1},
+        {"question": "a", "answer": "c", "label": bad},
+        {"question": "a", "answer": "d", "label": bad},
+    ]
+    message = (
+        r"rows\.jsonl has answers to write, and its column 'label' is 0 for some of them: "
+        r'leave those rows out, or learn all answers with --target "\{answer\}"\Z'
+    )
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, *rows)
+    assert load(tmp_path, *rows, target="{answer}").columns == (
+        "reads question, writes answer; ignores label"
+    )
+    # Two answers may be the words of two labels. And other numbers say nothing about the answers.
+    assert load(tmp_path, *rows[:2]).columns == "reads question, writes answer; ignores label"
+    assert load(tmp_path, *rows, {**rows[0], "label": 2}).columns.endswith("ignores label")
+
+
 @pytest.mark.parametrize(("good", "bad"), [(True, False), ("True", "False")])
 def test_answers_that_are_labeled_as_bad_are_not_learned_unnoticed(good, bad, tmp_path):
     """They were learned as if they were wanted, as the label was ignored."""

@@ -335,3 +335,39 @@ def test_if_choices_are_numbers_the_message_does_not_ask_for_them(choices):
         find_choice(choices[1], choices, "label", may_be_hidden=False)
     assert "or one of the choices" not in str(error.value)
     assert find_choice("1", choices, "label", may_be_hidden=False) == 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "doubtful"),
+    [
+        (["neutral", "-", "entailment"], "'-'"),  # SNLI
+        ([0, -1, 1, 2], "'-1'"),  # SNLI on the hub
+        (["pos", "NaN", "n/a"], "'NaN', 'n/a'"),
+        (["pos", "None"], "'None'"),
+        ([-1, 1], ""),
+        (["favor", "against"], ""),
+    ],
+)
+def test_labels_that_may_stand_for_no_label_are_named(labels, doubtful, tmp_path):
+    """They were learned like others. With the right labels, test rows with them were an error that
+    advised to add them to train.
+    """
+    rows = [{"text": f"a {i}", "label": label} for i, label in enumerate(labels)] * 3
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(lines(*rows))
+    notes = [note for note in load_task(path).notes if note.startswith("labels that may")]
+    expected = f"labels that may stand for no label: {doubtful}; leave their rows out if that is so"
+    assert notes == ([expected] if doubtful else [])
+    given = ",".join(map(str, labels))
+    assert not any("may stand for" in note for note in load_task(path, labels=given).notes)
+
+
+def test_a_dash_is_no_label_unless_train_has_it(tmp_path):
+    rows = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
+    (tmp_path / "train.jsonl").write_bytes(lines(*rows))
+    (tmp_path / "test.jsonl").write_bytes(lines(*rows, {"text": "c", "label": "-"}))
+    with pytest.raises(ValueError, match=r"label all rows of the test file \(1 of 3 have no label"):
+        load_task(tmp_path)
+    (tmp_path / "dev.jsonl").write_bytes(lines(*rows, {"text": "c", "label": "-"}))
+    with pytest.raises(ValueError, match=r"dev.jsonl:3: 'label' is '-', .*: leave the row out"):
+        load_task(tmp_path)
