@@ -1,13 +1,16 @@
 """What to say about columns that are not understood: how to name them, or which flags help."""
 
 import difflib
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
-from minia3.tasks.columns import COLUMN_SETS, EXPECTED, N_FIRST_ROWS, Columns
+from minia3.tasks.columns import COLUMN_SETS, EXPECTED, N_FIRST_ROWS, Columns, ColumnSet, find_set
 from minia3.tasks.csv_rows import ChoicesCell
-from minia3.tasks.format_strings import can_name
+from minia3.tasks.format_strings import can_name, field_names
 from minia3.tasks.names import fold_case, list_names
+from minia3.tasks.row_files import CELLS, rows_suffix
 
 # What the names of columns with answers often contain, the likeliest first.
 ANSWER_WORDS = (
@@ -18,12 +21,16 @@ ANSWER_WORDS = (
     "completion",
     "target",
     "tgt",
+    "gold",  # SNLI has a gold_label beside those of each annotator
     "label",
     "sentiment",
     "category",
     "class",
     "summary",
+    "score",
 )
+
+MANY_ROWS = 1000  # enough to see that values repeat
 
 
 def explain(columns: Columns, needs_answer: bool, used: Sequence[str]) -> str:
@@ -64,19 +71,54 @@ def advise(columns: Columns) -> str:
         return advise_conversations(conversations)
     if "chosen" in columns and "rejected" in columns:
         return advise_pairs(columns)
+    if rows_suffix(Path(columns.origin)) in CELLS:
+        wrong_cells = advise_cells(columns)
+        if wrong_cells:
+            return wrong_cells
     named = list(filter(None, columns.folded))
     for column_set in COLUMN_SETS:
         missing = [name for name in column_set.names if name not in columns]
         unknown = [name for name in named if name not in column_set.names]
-        near = []
-        if len(missing) == 1:
-            near = difflib.get_close_matches(missing[0], unknown, n=1, cutoff=0.7)
         if len(missing) == 1 and len(column_set.names) > 2 and not unknown:
             return f"add a column {missing[0]!r} with the answers"
+        near = find_near(missing, columns, column_set)
         if near:
-            found = columns.folded[near[0]]
-            return f"did you mean {missing[0]!r} by {found!r}? Otherwise {advise_flags(columns)}"
+            return f"did you mean {missing[0]!r} by {near!r}? Otherwise {advise_flags(columns)}"
     return advise_flags(columns)
+
+
+def advise_cells(columns: Columns) -> str:
+    """Return what is wrong with the cells of a .csv or .tsv file, if its columns show it, or ""."""
+    if len(columns.found) == 1 and re.search(r"[,;|]|  ", columns.found[0]):
+        delimiters = "commas, semicolons or tabs"
+        advice = ""
+        if rows_suffix(Path(columns.origin)) == ".tsv":
+            delimiters = "tabs"
+            advice = " (name the file .csv if it has commas or semicolons)"
+        return f"{columns.found[0]!r} is one column: put {delimiters} between the cells{advice}"
+    for name in columns.found:
+        if name and name in map(str, columns.values(name)):
+            return (
+                f"write a header into the first line, because {name!r} is no name if it is also a "
+                "cell below"
+            )
+    return ""
+
+
+def find_near(missing: Sequence[str], columns: Columns, column_set: ColumnSet) -> str:
+    """Return the column that was probably meant by the missing one of a set, or ""."""
+    if len(missing) != 1 or column_set.is_conversation:  # a conversation needs no name
+        return ""
+    lengths = text_lengths(columns)
+    texts = [fold_case(column) for column, item in lengths if not item]
+    unknown = [name for name in texts if name not in column_set.names]
+    near = difflib.get_close_matches(missing[0], unknown, n=2, cutoff=0.7)
+    if len(near) != 1:  # of text1 and text2, neither is the text
+        return ""
+    column = columns.folded[near[0]]
+    is_input = missing[0] in field_names(column_set.input)
+    answer = None if is_input else find_answer(lengths)
+    return "" if answer and answer[0] != column else column
 
 
 def advise_conversations(names: Sequence[str]) -> str:
@@ -105,27 +147,76 @@ def advise_flags(columns: Columns) -> str:
     # The longest texts are the input, most of the time.
     longest = sorted(lengths, key=lengths.get, reverse=True)
     if len(longest) < 2:
-        return "add a column with the answers"
-    target = find_answer(lengths) or longest[1]
-    source = next(place for place in longest if place != target)
-    for column in (source[0], target[0]):
+        return f"add a column with the answers{describe_lists(columns)}"
+    target = find_answer(lengths) or find_repeated(columns, longest) or longest[1]
+    sources = find_usual_inputs(columns, target)
+    if not sources:
+        sources = [next(place for place in longest if place != target)]
+    for column, _ in (*sources, target):
         if not can_name(column):
             return (
                 f"rename the column {column!r} (in braces, a name has none of . : ! [ ] {{ }} "
                 "and is not a number), and say which is which with --input and --target"
             )
-    source_text, target_text = (repr("".join(place))[1:-1] for place in (source, target))
+    source_text = "\\n".join(map(in_braces, sources))
+    has_more = len(longest) > len(sources) + 1
+    more = "; --input may name several columns" if has_more else ""
     return (
-        f'say which is which with --input "{{{source_text}}}" --target "{{{target_text}}}", '
-        "and add --labels WORD,WORD if the target is one of a few words"
+        f'say which is which with --input "{source_text}" --target "{in_braces(target)}", '
+        f"and add --labels WORD,WORD if the target is one of a few words{more}"
     )
+
+
+def in_braces(place: tuple[str, str]) -> str:
+    return f"{{{repr(''.join(place))[1:-1]}}}"
+
+
+def describe_lists(columns: Columns) -> str:
+    """Return how a prompt can name what the columns of lists and objects hold, or ""."""
+    row = next(iter(columns.rows), {})
+    names = [name for name, value in row.items() if isinstance(value, list | dict)]
+    if not names:
+        return ""
+    item = next(iter(row[names[0]]), "") if isinstance(row[names[0]], dict) else 0
+    return (
+        f" (a prompt can name the items of {list_names(map(repr, names)):.80}, as in "
+        f"{{{names[0]}[{item}]}}, and not the whole)"
+    )
+
+
+def find_usual_inputs(columns: Columns, target: tuple[str, str]) -> list[tuple[str, str]]:
+    """Return the columns with the usual names that a model reads, or an empty list."""
+    found = find_set(columns, needs_input=True, needs_answer=False)
+    names = [] if found is None else field_names(found.input)
+    places = [(columns.name_in_file(name), "") for name in names]
+    lengths = text_lengths(columns)
+    are_texts = all(place in lengths and place != target for place in places)
+    return places if are_texts else []
+
+
+def find_repeated(columns: Columns, places: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
+    """Return the place with the fewest different values, if it has few of them, or None.
+
+    It is probably a label whose name says nothing.
+    """
+    rows = columns.rows[:MANY_ROWS]
+    n_values = {}
+    values = defaultdict(set)
+    for row in rows:
+        for column in columns.found:
+            for item, value in cell_items(row.get(column)):
+                values[column, item].add(str(value))
+    for place in places:
+        if 1 < len(values[place]) <= len(rows) / 3:
+            n_values[place] = len(values[place])
+    return min(n_values, key=n_values.get, default=None)
 
 
 def text_lengths(columns: Columns) -> dict[tuple[str, str], int]:
     """Return how long the texts and numbers of each column are, in the first rows.
 
     The keys are a column and nothing, or a column with objects and the place of an item in
-    brackets. Lists count nothing, because a prompt can name only their items.
+    brackets. A column of lists counts nothing, because a prompt can name only their items.
     """
     # pandas and R write the number of a row into a column without a name. And nobody wants to learn
     # what was rejected.
@@ -139,10 +230,17 @@ def text_lengths(columns: Columns) -> dict[tuple[str, str], int]:
 
 
 def cell_items(cell) -> list[tuple[str, object]]:
-    """Return the texts and numbers of a cell, each after its place: "", or "[de]" in an object."""
+    """Return the texts and numbers of a cell, each after its place: "", or "[de]" in an object, or
+    "[text][0]" if the object has lists.
+    """
     items = [("", cell)]
     if isinstance(cell, dict):
         items = [(f"[{key}]", value) for key, value in cell.items() if can_name(key)]
+    # SQuAD has {"text": ["Denver"], "answer_start": [177]}.
+    items = [
+        (f"{place}[0]", value[0]) if place and isinstance(value, list) and value else (place, value)
+        for place, value in items
+    ]
     return [
         (place, value)
         for place, value in items

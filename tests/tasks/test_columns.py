@@ -2,6 +2,7 @@
 how it understood the file.
 """
 
+import gzip
 import json
 import re
 
@@ -734,6 +735,36 @@ def test_a_column_that_hardly_resembles_a_name_is_not_advised(tmp_path):
         load(tmp_path, row, input="{Review}")
 
 
+def test_a_column_with_few_different_values_is_advised_as_the_target(tmp_path):
+    """The second text was, and the model would have learned to write it."""
+    rows = [
+        {"id": 1000 + i, "post": f"a long text {i}", "reply": f"text {i}", "fits": i % 2, "n": 1}
+        for i in range(3)
+    ]
+    with pytest.raises(ValueError, match=r'--input "\{post\}" --target "\{fits\}", and add'):
+        load(tmp_path, *rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.tsv", "text,label\nx,1\n", "'text,label' is one column: put tabs between the cells "),
+        ("a.tsv", "text   label\nx 1\n", "'text   label' is one column: put tabs between"),
+        ("a.csv", "text|label\nx|1\n", "is one column: put commas, semicolons or tabs between"),
+        ("a.csv", "0,so bad\n4,so good\n0,bad\n", "write a header into the first line, because "),
+        ("a.tsv.gz", "so bad\tx\nso good\ty\nbad\tx\n", "because 'x' is no name if it is also a "),
+        ("a.csv", "a b,mood\nx,good\n", 'with --input "{mood}" --target "{a b}", and'),
+    ],
+)
+def test_a_file_without_columns_is_answered_with_what_its_cells_lack(name, text, words, tmp_path):
+    """It was asked to add or rename columns."""
+    content = gzip.compress(text.encode()) if name.endswith(".gz") else text.encode()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"\A[^\n]*\Z") as error:
+        load_task(tmp_path / name)
+    assert words in str(error.value)
+
+
 TURN = [{"role": "assistant", "content": "b"}]  # an answer of a row for DPO
 
 
@@ -762,13 +793,22 @@ TURN = [{"role": "assistant", "content": "b"}]  # an answer of a row for DPO
         ({"0": "so bad", "1": "x"}, "rename the column '0' (in braces"),
         (
             {"context": "so bad", "question": "x", "answers": {"text": ["a long text"]}},
-            'say which is which with --input "{context}" --target "{question}", and add --labels',
+            r'say which is which with --input "{context}\n{question}" --target '
+            '"{answers[text][0]}", and add --labels WORD,WORD if the target is one of a few words',
         ),
-        ({"prompt": "a", "response": "a long text"}, '--input "{prompt}" --target "{response}"'),
         (
-            {"instruction": "so", "context": "a text", "response": "longer", "category": "x"},
-            '--input "{context}" --target "{response}"',
+            {"sentence1": "a", "sentence2": "b", "label1": "x", "gold_label": "y"},
+            r'messages: say which is which with --input "{sentence1}\n{sentence2}" --target '
+            '"{gold_label}", and add --labels WORD,WORD if the target is one of a few words; '
+            "--input may name several columns",
         ),
+        ({"text": "a", "created": "2022-01-01", "sentiment": "x"}, '--input "{text}" --target'),
+        ({"text1": "a b", "text2": "b", "label": "x"}, "messages: say which is which with --input"),
+        ({"message": "a", "label": "x"}, 'messages: say which is which with --input "{message}"'),
+        ({"sentence_1": "a", "sentence_2": "b", "score": 1.5}, '--target "{score}"'),
+        ({"prompt": "a", "response": "a long text"}, '--input "{prompt}" --target "{response}"'),
+        ({"tokens": ["a", "b"], "tags": [0, 1]}, "(a prompt can name the items of 'tokens', "),
+        ({"id": "x", "parts": {"n": {"a": "b"}}}, "'parts', as in {parts[n]}, and not"),
         ({"text": "so bad", "id": "a1b2", "target": 1}, '--input "{text}" --target "{target}"'),
         (
             {"translation": {"de": "schlecht", "en": "bad", "a.b": "a long text"}},
