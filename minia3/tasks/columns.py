@@ -161,18 +161,24 @@ COLUMN_SETS = (
     ColumnSet(("input", "choices"), "{input}", label="label"),
     ColumnSet(("text", "choices"), "{text}", label="label"),
     ColumnSet(("question", "choices", "answer"), "{question}", label="answer"),
+    ColumnSet(("question", "choices", "answerKey"), "{question}", label="answerKey"),  # ARC
     ColumnSet(("question", "choices"), "{question}", label="label"),
     # Texts to write.
     ColumnSet(("input", "target"), "{input}", "{target}"),
     ColumnSet(("instruction", "input", "output"), "{instruction}\n{input}", "{output}"),
     ColumnSet(("instruction", "output"), "{instruction}", "{output}"),
+    ColumnSet(("instruction", "context", "response"), "{instruction}\n{context}", "{response}"),
     ColumnSet(("prompt", "completion"), "{prompt}", "{completion}"),
     ColumnSet(("question", "context", "answer"), "{context}\n{question}", "{answer}"),
+    ColumnSet(("question", "passage", "answer"), "{passage}\n{question}", "{answer}"),
     ColumnSet(("question", "answer"), "{question}", "{answer}"),
     ColumnSet(("input", "output"), "{input}", "{output}"),
     # Labels, which are the same for all rows: words, integers or booleans.
     ColumnSet(("premise", "hypothesis", "label"), "{premise}\n{hypothesis}", label="label"),
     ColumnSet(("sentence1", "sentence2", "label"), "{sentence1}\n{sentence2}", label="label"),
+    ColumnSet(("question", "sentence", "label"), "{question}\n{sentence}", label="label"),  # QNLI
+    ColumnSet(("question", "context", "label"), "{context}\n{question}", label="label"),
+    ColumnSet(("question", "passage", "label"), "{passage}\n{question}", label="label"),  # BoolQ
     ColumnSet(("text", "label"), "{text}", label="label"),
     ColumnSet(("sentence", "label"), "{sentence}", label="label"),
     ColumnSet(("question", "label"), "{question}", label="label"),

@@ -321,6 +321,8 @@ def normalize_user_row(row: dict, spec: TaskSpec, split: str, in_file: Container
         return
     row.pop("messages", None)  # a column that is not used
     list_choices(row, spec)
+    if not spec.prompts[0].choices and not spec.prompts[0].target:
+        unpack_choices(row, spec.label_field)
     for prompt in spec.prompts:
         check_input(row, prompt, in_file)
         if prompt.choices or split != PREDICTED:
@@ -344,6 +346,22 @@ def list_choices(row: dict, spec: TaskSpec):
         lists |= {root_of(name) for name in field_names(text) if root_of(name) != name}
     for name in cells & lists:
         row[name] = parse_choices(row[name])
+
+
+def unpack_choices(row: dict, label_field: str):
+    """Make a list of an object of choices and their letters, and a position of the right letter.
+
+    ARC, CommonsenseQA and OpenBookQA have {"text": ["red", "blue"], "label": ["A", "B"]}.
+    """
+    choices = row.get("choices")
+    if not isinstance(choices, dict) or choices.keys() != {"text", "label"}:
+        return
+    letters = choices["label"]
+    are_pairs = isinstance(choices["text"], list) and isinstance(letters, list)
+    if are_pairs and len(letters) == len(choices["text"]):
+        row["choices"] = choices["text"]
+        if row.get(label_field) in letters:
+            row[label_field] = letters.index(row[label_field])
 
 
 def check_input(row: dict, prompt: Prompt, in_file: Container[str]):

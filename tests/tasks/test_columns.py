@@ -47,6 +47,9 @@ LABELED = [
     ({"input": "a"}, "a", "reads input"),
     ({"sentence1": "a", "sentence2": "b"}, "a\nb", "reads sentence1 and sentence2"),
     ({"premise": "a", "hypothesis": "b"}, "a\nb", "reads premise and hypothesis"),
+    ({"question": "a", "sentence": "b"}, "a\nb", "reads question and sentence"),
+    ({"question": "a", "passage": "b"}, "b\na", "reads passage and question"),
+    ({"question": "a", "context": "b"}, "b\na", "reads context and question"),
 ]
 
 
@@ -67,6 +70,16 @@ WRITTEN = [
         {"question": "a", "context": "b", "answer": "z"},
         "b\na",
         "reads context and question, writes answer",
+    ),
+    (
+        {"question": "a", "passage": "b", "answer": "z"},
+        "b\na",
+        "reads passage and question, writes answer",
+    ),
+    (
+        {"instruction": "a", "context": "b", "response": "z"},
+        "a\nb",
+        "reads instruction and context, writes response",
     ),
     (
         {"instruction": "a", "input": "b", "output": "z"},
@@ -94,6 +107,29 @@ def test_rows_with_choices_of_their_own_pick_by_index_or_by_word(tmp_path):
     task = load(tmp_path, asked)
     assert rendered(task) == [("a", ["x", "y"], 1)]
     assert task.columns == "reads question, picks answer among the row's choices"
+
+
+def test_choices_with_letters_are_picked_by_their_letter(tmp_path):
+    """This is the form of ARC, CommonsenseQA and OpenBookQA."""
+    choices = {"text": ["x", "y", "2"], "label": ["A", "B", "C"]}
+    row = {"question": "a", "choices": choices, "answerKey": "B"}
+    numbered = {**row, "choices": {**choices, "label": ["1", "2", "3"]}, "answerKey": "2"}
+    task = load(tmp_path, row, numbered, {**row, "AnswerKey": "x", "answerKey": "x"})
+    assert rendered(task) == [("a", ["x", "y", "2"], label) for label in (1, 1, 0)]
+    assert task.columns == (
+        "reads question, picks answerKey among the row's choices; ignores AnswerKey"
+    )
+    stem = {"question_stem": "a", "choices": choices, "answerKey": "C"}
+    assert rendered(load(tmp_path, stem, input="{question_stem}")) == [("a", ["x", "y", "2"], 2)]
+    hidden = normalize_row(row | {"answerKey": ""}, task.spec, "test", 0)
+    assert (hidden["label"], hidden["choices"]) == (-1, ["x", "y", "2"])
+    assert normalize_row(dict(row), task.spec, PREDICTED, 0)["choices"] == ["x", "y", "2"]
+    with pytest.raises(ValueError, match=r"'answerKey' is 'D', expected one of 0, 1, 2 or one of"):
+        load(tmp_path, {**row, "answerKey": "D"})
+    with pytest.raises(ValueError, match=r"'choices' is \{.*expected a list of texts"):
+        load(tmp_path, {**row, "choices": {**choices, "label": ["A"]}})
+    flags = {"input": "{question} {choices[text][0]}", "target": "{answerKey}", "labels": "A,B"}
+    assert rendered(load(tmp_path, row, **flags)) == [("a x", ["A", "B"], 1)]
 
 
 def test_rows_keep_their_choices_in_the_words_that_an_adapter_has_learned(tmp_path):
