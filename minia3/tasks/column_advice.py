@@ -64,6 +64,15 @@ def explain_verdicts(columns: Columns, target: str, verdict: str) -> str:
     )
 
 
+def explain_rejected(columns: Columns) -> str:
+    """Return the message for a file of Prodigy that says of some labels that they are wrong."""
+    answer = columns.name_in_file("answer")
+    return (
+        f"{columns.origin} has labels, and its column {answer!r} is 'reject' or 'ignore' for some "
+        "of them: leave those rows out, or say what to learn with --target and --labels"
+    )
+
+
 def advise(columns: Columns) -> str:
     """Return what the user can do if no known set matches: rename a column, or give flags."""
     conversations = columns.conversations()

@@ -254,6 +254,14 @@ def find_bad_verdict(columns: Columns, answer: str) -> str:
     return "0" if "0" in verdicts and verdicts <= {"0", "1"} and n_answers > 2 else ""
 
 
+def has_rejected(columns: Columns) -> bool:
+    """Return whether the column `answer` says, as Prodigy does, that some labels are wrong."""
+    if "answer" not in columns:
+        return False
+    verdicts = {str(value) for value in columns.values("answer") if value is not None}
+    return verdicts <= {"accept", "reject", "ignore"} and not verdicts <= {"accept"}
+
+
 def find_conversation(columns: Columns) -> ColumnSet | None:
     """Return the set of the only column with conversations, whatever its name is.
 

@@ -242,6 +242,11 @@ def values_of_object(text: JsonText) -> Iterator:
         is_over = text.take("}")
         if not is_over:
             text.expect(",")
+    if list_name is None and text.peek() == "{":
+        raise ValueError(
+            "several objects, each in several lines: write each into a line of a .jsonl file, as "
+            "`jq -c . OLD > NEW` does"
+        )
     if list_name is None:
         raise ValueError(
             "expected a list of objects, or an object with such a list; "

@@ -392,6 +392,9 @@ def to_texts(row: dict, names: Iterable[str], in_file: Container[str], advice: s
             found = ""
             if name not in row and name not in in_file:
                 found = nearest_of(name, row) + advice
+            elif isinstance(value, list | dict) and value:
+                item = next(iter(value)) if isinstance(value, dict) else 0
+                found = f"; {{{name}[{item}]}} names its first item"
             raise ValueError(f"{name!r} is {value!r:.80}, expected a text that is not empty{found}")
 
 

@@ -5,11 +5,12 @@ understood. What the user says (column_flags.py, or a task file) comes before th
 columns (COLUMN_SETS in columns.py).
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
 
-from minia3.tasks.column_advice import explain, explain_verdicts
+from minia3.tasks.column_advice import explain, explain_rejected, explain_verdicts
 from minia3.tasks.column_flags import (
     ColumnFlags,
     choice_words,
@@ -28,6 +29,7 @@ from minia3.tasks.columns import (
     find_bad_verdict,
     find_conversation,
     find_set,
+    has_rejected,
 )
 from minia3.tasks.format_strings import column_of, field_names, roots_of
 from minia3.tasks.labels import (
@@ -38,7 +40,7 @@ from minia3.tasks.labels import (
     order_like_choices,
     words_of,
 )
-from minia3.tasks.names import list_names
+from minia3.tasks.names import fold_case, list_names
 from minia3.tasks.prompts import OWN_PROMPTS, Prompt
 from minia3.tasks.task import TaskSpec
 
@@ -116,6 +118,8 @@ def understand(
     notes = notes_on_labels(roles, labels) + notes_on_integers(roles, columns, label_names)
     if not flags.labels and not given.labels:
         notes += notes_on_doubtful_labels(labels)
+    if not roles.messages and not roles.has_row_choices:
+        notes += notes_on_choices(ignored_columns(columns, roles))
     return Understanding(spec, describe(columns, roles, labels), notes)
 
 
@@ -139,13 +143,24 @@ def assign_roles(columns: Columns, spec: TaskSpec, flags: ColumnFlags) -> Column
         return roles
     if flags.labels and roles.target:
         roles = roles._replace(target="", label=only_field(roles.target))
-    if roles.target and not given.target:
-        verdict = find_bad_verdict(columns, roots_of([roles.target])[0])
-        if verdict:
-            raise ValueError(explain_verdicts(columns, roles.target, verdict))
+    check_verdicts(columns, roles, given)
     if names_choices(spec, flags):
         roles = roles._replace(has_row_choices=False)
     return roles
+
+
+def check_verdicts(columns: Columns, roles: ColumnRoles, given: ColumnRoles):
+    """Raise ValueError if a column says of some answers or labels that they are wrong, and nobody
+    has said that all of them are to be learned.
+    """
+    if given.target or given.label:
+        return
+    if roles.target:
+        verdict = find_bad_verdict(columns, roots_of([roles.target])[0])
+        if verdict:
+            raise ValueError(explain_verdicts(columns, roles.target, verdict))
+    elif roles.label and fold_case(roles.label) != "answer" and has_rejected(columns):
+        raise ValueError(explain_rejected(columns))
 
 
 def given_roles(spec: TaskSpec, flags: ColumnFlags) -> ColumnRoles:
@@ -253,13 +268,21 @@ def describe(columns: Columns, roles: ColumnRoles, labels: Labels) -> str:
     else:
         used = roots_of(prompt.text for prompt in roles.prompts)
         answer = describe_answer(columns, roles, labels)
+    ignored = ignored_columns(columns, roles)
     text = f"reads {list_in_file(columns, used)}, {answer}"
+    return f"{text}; ignores {list_names(ignored):.200}" if ignored else text
+
+
+def ignored_columns(columns: Columns, roles: ColumnRoles) -> list[str]:
+    """Return the columns that are neither read nor learned, as the file spells them."""
+    used = roots_of(prompt.text for prompt in roles.prompts)
+    if roles.messages:
+        used = [roles.messages, "tools"]
     known = {*used, *roles.answer_columns, roles.label, column_of(roles.label), *SPECIAL}
     if roles.has_row_choices:
         known |= {"choices", "target"}
     known = {columns.name_in_file(name) for name in known}
-    ignored = [name for name in columns.found if name not in known]
-    return f"{text}; ignores {list_names(ignored):.200}" if ignored else text
+    return [name for name in columns.found if name not in known]
 
 
 def describe_answer(columns: Columns, roles: ColumnRoles, labels: Labels) -> str:
@@ -303,6 +326,25 @@ def notes_on_doubtful_labels(labels: Labels) -> list[str]:
     return [
         f"labels that may stand for no label: {list_names(map(repr, found))}; "
         "leave their rows out if that is so"
+    ]
+
+
+def notes_on_choices(ignored: Iterable[str]) -> list[str]:
+    """Return a note if the choices of a question stand in columns that the model does not read:
+    `options`, or A, B, C, or option_a, option_b, option_c.
+    """
+    found = [name for name in ignored if fold_case(name) in ("options", "choices")]
+    groups = defaultdict(list)
+    for name in ignored:
+        groups[name[:-1]].append(name)
+    for names in groups.values():
+        letters = "".join(name[-1:] for name in names).lower()
+        if letters.startswith("abc"):
+            found += names
+    if not found:
+        return []
+    return [
+        f"the model does not read {list_names(found)}: if these are choices, name them in --input"
     ]
 
 

@@ -896,6 +896,47 @@ def test_what_is_advised_for_pairs_of_answers_works(tmp_path):
     assert task.train[0]["messages"][1:] == TURN
 
 
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        ({"question": "a", "A": "x", "B": "y", "C": "z", "answer": "B"}, "A, B, C"),
+        (
+            {"text": "a", "option_a": 1, "option_b": 2, "option_c": 3, "option_d": 4, "label": 2},
+            "option_a, option_b, option_c, option_d",
+        ),
+        ({"question": "a", "Options": ["x", "y"], "answer": "y"}, "Options"),
+        ({"text": "a", "": 1, "source_a": "x", "source_b": "y", "c": 1, "label": "x"}, ""),
+        ({"question": "a", "choices": ["x", "y"], "answer": "y", "options": 1}, ""),
+        ({"messages": [{"role": "user", "content": "b"}, *TURN], "options": 1}, ""),
+    ],
+)
+def test_choices_that_the_model_does_not_read_are_noted(row, found, tmp_path):
+    """The model learned to write the letter of an answer that it had not seen."""
+    notes = load(tmp_path, row).notes
+    found_notes = [note for note in notes if "does not read" in note]
+    expected = f"the model does not read {found}: if these are choices, name them in --input"
+    assert found_notes == ([expected] if found else [])
+
+
+def test_labels_that_prodigy_marks_as_wrong_are_not_learned_unnoticed(tmp_path):
+    """They were learned as if they had been accepted."""
+    rows = [{"text": "a", "label": "x", "answer": "accept"}, {"text": "b", "label": "y"}]
+    message = r"rows.jsonl has labels, and its column 'Answer' is 'reject' or 'ignore' for some of"
+    for answer in ("reject", "ignore"):
+        with pytest.raises(ValueError, match=message.replace("Answer", "answer")):
+            load(tmp_path, *rows, {**rows[0], "answer": answer})
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path, {"text": "a", "label": "x", "Answer": answer})
+    flags = {"target": "{label}", "labels": "x,y"}
+    assert load(tmp_path, {**rows[0], "answer": "reject"}, **flags).columns.endswith(
+        "ignores answer"
+    )
+    assert load(tmp_path, *rows).columns == "reads text, picks label among x, y; ignores answer"
+    for other in ("maybe", None):
+        task = load(tmp_path, {**rows[0], "answer": other}, rows[1])
+        assert task.columns == "reads text, picks label among x, y; ignores answer"
+
+
 @pytest.mark.parametrize("bad", [0, 0.0, "0"])
 def test_answers_with_a_zero_as_their_label_are_not_learned_unnoticed(bad, tmp_path):
     """In WikiQA, most answers are wrong, and were learned as if they were right."""

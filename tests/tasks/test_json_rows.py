@@ -210,3 +210,15 @@ def test_the_limit_on_digits_is_an_error_like_any_other():
     if not hasattr(sys, "set_int_max_str_digits"):
         pytest.skip("this Python has no limit")
     assert read('[{"a": 1}, {"a": ' + "9" * 5000 + "}]")[1][1].startswith("not JSON: Exceeds")
+
+
+def test_objects_of_several_lines_each_are_answered_with_what_makes_lines_of_them(tmp_path):
+    """The message was about how pandas writes lists."""
+    path = tmp_path / "rows.json"
+    rows = [{"text": "a", "spans": []}, {"text": "b", "spans": [1]}]
+    path.write_text("\n".join(json.dumps(row, indent=2) for row in rows))
+    with pytest.raises(ValueError, match=r"several objects, each in several lines: .*`jq -c"):
+        list(read_rows(path))
+    path.write_text(json.dumps({"a": 1, "b": {}}, indent=2) + "\n")
+    with pytest.raises(ValueError, match=r"found an object with 'a', 'b' \(pandas"):
+        list(read_rows(path))

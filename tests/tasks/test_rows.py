@@ -427,3 +427,20 @@ def test_rows_of_both_kinds_are_an_error_in_one_file_and_across_files(tmp_path):
         ValueError, match=r"val\.jsonl:1: 'target' is None.*the columns are input, choices, label"
     ):
         load_task(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("value", "item"), [(["x", "y"], "{answer[0]}"), ({"value": "x"}, "{answer[value]}")]
+)
+def test_a_structure_in_place_of_a_text_is_answered_with_the_name_of_its_item(
+    value, item, tmp_path
+):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(lines(*[{"question": "a", "answer": value}] * 5))
+    advice = f"expected a text that is not empty; {item} names its first item; "
+    with pytest.raises(ValueError, match=re.escape(advice)):
+        load_task(path)
+    assert load_task(path, target=item).train[0]["answer"] == value
+    path.write_bytes(lines(*[{"question": "a", "answer": type(value)()}] * 5))
+    with pytest.raises(ValueError, match=r"expected a text that is not empty; .*:2: "):
+        load_task(path)
