@@ -259,10 +259,11 @@ def test_a_template_that_leaves_out_the_assistant_is_refused():
 def test_a_question_is_encoded_up_to_its_answer_within_the_limit():
     letters = Letters()
     messages = turns("q1", "a1", "q2", "a2", system="S")
-    rendered, example = encode_question(row(messages), letters, 99)
+    rendered, example, was_cut = encode_question(row(messages), letters, 99)
     assert letters.decode(example.source) == "sS.uq1.aa1.uq2.a"
-    assert (rendered.choices, example.targets) == ([], [])
-    _, example = encode_question(row(messages), letters, 10)
+    assert (rendered.choices, example.targets, was_cut) == ([], [], False)
+    _, example, was_cut = encode_question(row(messages), letters, 10)
+    assert was_cut
     assert letters.decode(example.source) == "sS.uq2.a"
     with pytest.raises(ValueError, match="the last question has 8 tokens"):
         encode_question(row(messages), letters, 7)
