@@ -105,8 +105,11 @@ def advise_cells(columns: Columns) -> str:
             delimiters = "tabs"
             advice = " (name the file .csv if it has commas or semicolons)"
         return f"{columns.found[0]!r} is one column: put {delimiters} between the cells{advice}"
-    for name in columns.found:
-        if name and name in map(str, columns.values(name)):
+    names = list(filter(None, columns.found))
+    if names == list(map(str, range(len(names)))):  # pandas writes such a header
+        return ""
+    for name in names:
+        if name in map(str, columns.values(name)):
             return (
                 f"write a header into the first line, because {name!r} is no name if it is also a "
                 "cell below"
@@ -183,6 +186,9 @@ def in_braces(place: tuple[str, str]) -> str:
 def describe_lists(columns: Columns) -> str:
     """Return how a prompt can name what the columns of lists and objects hold, or ""."""
     row = next(iter(columns.rows), {})
+    for name, value in row.items():
+        if isinstance(value, str) and value.startswith(("[{", "['", '["', "{'", '{"')):
+            return f" ({name!r} is the text of a list or an object: a .csv keeps none)"
     names = [name for name, value in row.items() if isinstance(value, list | dict)]
     if not names:
         return ""

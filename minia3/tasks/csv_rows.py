@@ -203,14 +203,14 @@ def parse_cells(cells: list[str], header: list[str], keep_empty: bool) -> dict |
     return row
 
 
-def parse_choices(cell: str) -> list:
-    """Return the choices in a cell: a JSON list, or texts with | between them."""
-    if cell.startswith("["):
+def parse_choices(cell: str) -> list | dict:
+    """Return the choices in a cell: a JSON list, or ARC's object, or texts with | between them."""
+    if cell.startswith(("[", "{'", '{"')):
         try:
             return parse_json(cell)
         except ValueError as error:
             raise ValueError(
-                f"the choices begin with '[', so they are read as a JSON list: {error} (pandas "
+                f"the choices begin with {cell[0]!r}, so they are read as JSON: {error} (pandas "
                 "writes lists in another form: save the rows as .jsonl or .parquet)"
             ) from None
     return [choice.strip() for choice in cell.split("|")]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minia3.files.messages import plural
-from minia3.tasks.columns import names_in_task
+from minia3.tasks.columns import is_conversation, names_in_task
 from minia3.tasks.csv_rows import ChoicesCell, parse_choices
 from minia3.tasks.format_strings import (
     check_items,
@@ -392,9 +392,12 @@ def to_texts(row: dict, names: Iterable[str], in_file: Container[str], advice: s
             found = ""
             if name not in row and name not in in_file:
                 found = nearest_of(name, row) + advice
-            elif isinstance(value, list | dict) and value:
-                item = next(iter(value)) if isinstance(value, dict) else 0
-                found = f"; {{{name}[{item}]}} names its first item"
+            elif is_conversation(value):
+                found = "; a conversation has all of its turns in one column, 'messages'"
+            elif isinstance(value, list) and value:
+                found = f"; {{{name}[0]}} names its first item"
+            elif isinstance(value, dict) and value:
+                found = f"; {{{name}[{next(iter(value))}]}} names an item of it"
             raise ValueError(f"{name!r} is {value!r:.80}, expected a text that is not empty{found}")
 
 

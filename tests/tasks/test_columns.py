@@ -124,6 +124,10 @@ def test_choices_with_letters_are_picked_by_their_letter(tmp_path):
     hidden = normalize_row(row | {"answerKey": ""}, task.spec, "test", 0)
     assert (hidden["label"], hidden["choices"]) == (-1, ["x", "y", "2"])
     assert normalize_row(dict(row), task.spec, PREDICTED, 0)["choices"] == ["x", "y", "2"]
+    cells = json.dumps(choices).replace('"', '""')
+    text = f'question,choices,answerKey\n"a","{cells}",B\n'
+    (tmp_path / "rows.csv").write_text(text + text.split("\n")[1] + "\n" + text.split("\n")[1])
+    assert load_task(tmp_path / "rows.csv").train[0]["label"] == 1
     with pytest.raises(ValueError, match=r"'answerKey' is 'D', expected one of 0, 1, 2 or one of"):
         load(tmp_path, {**row, "answerKey": "D"})
     with pytest.raises(ValueError, match=r"'choices' is \{.*expected a list of texts"):
@@ -789,6 +793,9 @@ def test_a_column_with_few_different_values_is_advised_as_the_target(tmp_path):
         ("a.csv", "text|label\nx|1\n", "is one column: put commas, semicolons or tabs between"),
         ("a.csv", "0,so bad\n4,so good\n0,bad\n", "write a header into the first line, because "),
         ("a.tsv.gz", "so bad\tx\nso good\ty\nbad\tx\n", "because 'x' is no name if it is also a "),
+        ("a.csv", ",0,1\n7,bad,1\n8,good,0\n", "rename the column '0' (in braces"),
+        ("a.csv", "0,1\nso bad,1\nso good,0\n", "rename the column '0' (in braces"),
+        ("a.csv", 'talk\n"[{""role"": 1}]"\n', "('talk' is the text of a list or an object: a "),
         ("a.csv", "a b,mood\nx,good\n", 'with --input "{mood}" --target "{a b}", and'),
     ],
 )

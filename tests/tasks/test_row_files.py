@@ -77,8 +77,9 @@ def test_a_cell_of_choices_is_a_json_list_or_has_bars_between_them(cell, choices
 @pytest.mark.parametrize(
     ("cell", "words"),
     [
-        ('["x"', r"the choices begin with '\[', so they are read as a JSON list: not JSON: "),
-        ("[x]|y", r"the choices begin with '\[', so they are read as a JSON list: not JSON: "),
+        ('["x"', r"the choices begin with '\[', so they are read as JSON: not JSON: "),
+        ("{'text': ['x'], 'label': ['A']}", r"the choices begin with '\{', .* \(pandas writes"),
+        ("[x]|y", r"the choices begin with '\[', so they are read as JSON: not JSON: "),
         ("['x', 'y']", r"the choices begin.* \(pandas writes lists in another form"),
     ],
 )

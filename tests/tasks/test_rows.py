@@ -430,15 +430,23 @@ def test_rows_of_both_kinds_are_an_error_in_one_file_and_across_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "item"), [(["x", "y"], "{answer[0]}"), ({"value": "x"}, "{answer[value]}")]
+    ("value", "item", "advice"),
+    [
+        (["x", "y"], "{answer[0]}", "; {answer[0]} names its first item; "),
+        ({"value": "x"}, "{answer[value]}", "; {answer[value]} names an item of it; "),
+        (
+            [{"role": "user", "content": "x"}],
+            "{answer[0][content]}",
+            "; a conversation has all of its turns in one column, 'messages'; ",
+        ),
+    ],
 )
 def test_a_structure_in_place_of_a_text_is_answered_with_the_name_of_its_item(
-    value, item, tmp_path
+    value, item, advice, tmp_path
 ):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(lines(*[{"question": "a", "answer": value}] * 5))
-    advice = f"expected a text that is not empty; {item} names its first item; "
-    with pytest.raises(ValueError, match=re.escape(advice)):
+    with pytest.raises(ValueError, match=re.escape(f"a text that is not empty{advice}")):
         load_task(path)
     assert load_task(path, target=item).train[0]["answer"] == value
     path.write_bytes(lines(*[{"question": "a", "answer": type(value)()}] * 5))
