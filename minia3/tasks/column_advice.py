@@ -56,11 +56,17 @@ def explain(columns: Columns, needs_answer: bool, used: Sequence[str]) -> str:
 
 
 def explain_verdicts(columns: Columns, target: str, verdict: str) -> str:
-    """Return the message for a file that says of some answers that they are bad, as for KTO."""
+    """Return the message for a file that says of some answers that they are bad, as for KTO.
+
+    target: the text to write, or "" if the rows are conversations.
+    """
     label = columns.name_in_file("label")
+    advice = f'learn all answers with --target "{target}"'
+    if not target:
+        advice = "give the column another name to learn all answers"
     return (
         f"{columns.origin} has answers to write, and its column {label!r} is {verdict} for some of "
-        f'them: leave those rows out, or learn all answers with --target "{target}"'
+        f"them: leave those rows out, or {advice}"
     )
 
 

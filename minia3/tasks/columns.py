@@ -250,8 +250,10 @@ def find_bad_verdict(columns: Columns, answer: str) -> str:
     if "false" in verdicts and verdicts <= {"true", "false"}:
         return "false"
     verdicts = {verdict.removesuffix(".0") for verdict in verdicts}
+    if "0" not in verdicts or not verdicts <= {"0", "1"}:
+        return ""
     n_answers = len(set(map(str, columns.values(answer))))
-    return "0" if "0" in verdicts and verdicts <= {"0", "1"} and n_answers > 2 else ""
+    return "0" if n_answers > 2 else ""
 
 
 def has_rejected(columns: Columns) -> bool:

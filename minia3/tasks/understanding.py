@@ -140,6 +140,7 @@ def assign_roles(columns: Columns, spec: TaskSpec, flags: ColumnFlags) -> Column
                 f"--labels says that answers are picked, but {columns.origin} has conversations "
                 f"({roles.messages!r}): leave it out, or name the column to read with --input"
             )
+        check_verdicts(columns, roles, given)
         return roles
     if flags.labels and roles.target:
         roles = roles._replace(target="", label=only_field(roles.target))
@@ -155,8 +156,9 @@ def check_verdicts(columns: Columns, roles: ColumnRoles, given: ColumnRoles):
     """
     if given.target or given.label:
         return
-    if roles.target:
-        verdict = find_bad_verdict(columns, roots_of([roles.target])[0])
+    answer = roles.messages or "".join(roots_of([roles.target])[:1])
+    if answer:
+        verdict = find_bad_verdict(columns, answer)
         if verdict:
             raise ValueError(explain_verdicts(columns, roles.target, verdict))
     elif roles.label and fold_case(roles.label) != "answer" and has_rejected(columns):

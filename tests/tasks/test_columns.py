@@ -944,6 +944,21 @@ def test_labels_that_prodigy_marks_as_wrong_are_not_learned_unnoticed(tmp_path):
         assert task.columns == "reads text, picks label among x, y; ignores answer"
 
 
+@pytest.mark.parametrize(("good", "bad"), [(True, False), (1, 0)])
+@pytest.mark.parametrize("name", ["messages", "conversations"])
+def test_conversations_that_are_labeled_as_bad_are_not_learned_unnoticed(name, good, bad, tmp_path):
+    user = {"role": "user", "content": "a"}
+    rows = [{name: [user, {**TURN[0], "content": text}], "label": good} for text in "bcd"]
+    assert load(tmp_path, *rows).columns.endswith("writes what the assistant says; ignores label")
+    rows[1]["label"] = bad
+    message = (
+        rf"its column 'label' is {str(bad).lower()} for some of them: leave those rows out, or "
+        r"give the column another name to learn all answers\Z"
+    )
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, *rows)
+
+
 @pytest.mark.parametrize("bad", [0, 0.0, "0"])
 def test_answers_with_a_zero_as_their_label_are_not_learned_unnoticed(bad, tmp_path):
     """In WikiQA, most answers are wrong, and were learned as if they were right."""
