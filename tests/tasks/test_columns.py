@@ -1019,6 +1019,13 @@ def test_what_the_user_has_said_is_not_asked_for_again(flags, advice, tmp_path):
     assert "which is which" not in str(error.value)
 
 
+def test_a_column_without_a_name_is_ignored_in_every_kind_of_task(tmp_path):
+    """pandas writes it. The line named it only beside labels."""
+    row = {"": 1, "input": "a", "target": "b"}
+    assert load(tmp_path, row).columns == "reads input, writes target; ignores ''"
+    assert load(tmp_path, row, labels="b,c").columns.endswith("among b, c; ignores ''")
+
+
 def test_a_line_stays_a_line_whatever_the_names_are(tmp_path):
     rows = [{"text": "a", "label": "x\ny", "a\nb": 1}, {"text": "b", "label": "z"}]
     assert load(tmp_path, *rows).columns == (
