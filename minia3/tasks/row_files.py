@@ -29,7 +29,7 @@ REMEDIES = {
     (".zip", ".tar", ".tgz", ".7z", ".bz2", ".xz", ".zst"): "unpack it",
     (".ndjson", ".jl"): "name it .jsonl",
     (".pkl", ".pickle", ".feather", ".orc", ".avro", ".pq"): "save it as .parquet",
-    (".txt", ".tab"): "name it .tsv if its columns have tabs between them",
+    (".txt", ".tab"): "name it .tsv if it has a header, and tabs between its columns",
 }
 
 # A .gz file may hold this many times its size, and 16 MB more, because a small file may hold the

@@ -440,6 +440,7 @@ def test_a_tsv_file_has_tabs_whatever_its_header_looks_like(tmp_path):
         ("a.zip", r"\.zip is not read: unpack it; expected"),
         ("a.csv.bz2", r"\.bz2 is not read: unpack it; expected"),
         ("a.ndjson", r"\.ndjson is not read: name it \.jsonl; expected"),
+        ("a.txt", r"\.txt is not read: name it \.tsv if it has a header, and tabs between its col"),
         ("a.md", r"a\.md: \.md is not read; expected \.jsonl, \.json, \.csv, \.tsv or \.parquet"),
         ("a.gz", r"\.gz is not read; expected"),
         ("a.md.gz", r"\.gz is not read; expected"),
