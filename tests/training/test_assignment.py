@@ -241,7 +241,7 @@ def test_a_note_says_if_the_model_saw_the_labels_in_its_pre_training(tmp_path, m
     assert run(words(tmp_path / "run", steps=1, **rte_flags(tmp_path))) == 0
     assert "pre-training" not in capsys.readouterr().out
     monkeypatch.setattr(
-        "minia3.training.assignment.known_model", lambda name: KNOWN_MODELS["t5-base"]
+        "minia3.training.learned.known_model", lambda name: KNOWN_MODELS["t5-base"]
     )
     monkeypatch.setattr(
         "minia3.training.assignment.for_family",

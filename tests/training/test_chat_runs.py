@@ -202,9 +202,12 @@ def test_tasks_of_different_chat_templates_are_refused(folder, capsys):
 
 
 def test_a_chat_template_without_conversations_is_refused_before_a_model_is_loaded(folder, capsys):
-    message = failure(folder, capsys, model="not-here", task=task((2,)))
+    weightless = folder / "weightless"
+    weightless.mkdir()
+    shutil.copy(f"{model('llama')}/config.json", weightless)
+    message = failure(folder, capsys, model=weightless, task=task((2,)))
     assert "--chat-template is for rows of 'messages', and the rows of this run have " in message
-    message = failure(folder, capsys, model="not-here", chat_template="nowhere.jinja")
+    message = failure(folder, capsys, model=weightless, chat_template="nowhere.jinja")
     assert "nowhere.jinja: not found" in message
     tasks = f"{folder / 'chats'},{task((2,))}"  # one of them has conversations
     train_in(folder, task=tasks, method="lora", steps=1)
