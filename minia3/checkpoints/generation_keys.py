@@ -72,6 +72,10 @@ REFUSED = {
 
 ALL = (*STRATEGY, *NOT_DONE, *REFUSED)
 
+# What a model that was made of another one hands on. Qwen's config.json, for example, has no token
+# that pads.
+HANDED_ON = (*STRATEGY, *NOT_DONE, "pad_token_id", "bos_token_id")
+
 
 def check_generation_keys(raw, origin):
     """Raise ValueError if `raw` forces or forbids tokens. Warn of what `generate` does not do.
@@ -112,11 +116,14 @@ def generation_settings(raw, config, origin):
 
 
 def read_defaults(folder):
-    """Return how tokens are searched and drawn by default, as a generation_config.json says it.
+    """Return how a model writes by default: with which strategy, and which tokens begin and pad.
 
     We pass over these keys, but `save_model` hands them on: transformers and servers read them.
-    folder: of a model. The dict is empty if there is no such file, as for a .gguf file.
+    folder: of a model. They are in generation_config.json. Older models have them in config.json,
+    which transformers reads if there is no other file. The dict is empty for a .gguf file.
     """
-    file = folder / "generation_config.json"
-    raw = read_json(file) if file.exists() else {}
-    return {key: raw[key] for key in (*STRATEGY, *NOT_DONE) if raw.get(key) is not None}
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).exists():
+            raw = read_json(folder / name)
+            return {key: raw[key] for key in HANDED_ON if raw.get(key) is not None}
+    return {}

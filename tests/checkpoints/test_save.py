@@ -160,6 +160,7 @@ def test_what_is_made_of_a_model_is_written_with_its_defaults_in_other_programs(
     transformers = pytest.importorskip("transformers", reason="another program")
     base = copy("llama-gqa")
     defaults = {"do_sample": True, "temperature": 0.6, "top_k": 7, "repetition_penalty": 1.1}
+    defaults |= {"pad_token_id": 3, "bos_token_id": 5}  # config.json has others
     file = base / "generation_config.json"
     raw = json.loads(file.read_text())
     file.write_text(json.dumps(raw | defaults))
@@ -172,6 +173,17 @@ def test_what_is_made_of_a_model_is_written_with_its_defaults_in_other_programs(
         found = transformers.GenerationConfig.from_pretrained(tmp_path / name)
         assert {key: getattr(found, key) for key in defaults} == defaults
         assert found.eos_token_id == raw["eos_token_id"]
+
+
+@pytest.mark.filterwarnings("ignore:.*no_repeat_ngram_size=3. generate writes without it")
+def test_what_is_made_of_an_older_model_is_written_with_the_defaults_of_its_config(copy, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="another program")
+    defaults = {"num_beams": 4, "no_repeat_ngram_size": 3, "max_length": 70}
+    base = copy("t5-v1.0", **defaults)
+    (base / "generation_config.json").unlink()
+    minia3.save_model(minia3.load_model(base), tmp_path)
+    found = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert {key: getattr(found, key) for key in defaults} == defaults
 
 
 # Shards
