@@ -35,6 +35,12 @@ from minia3.files.write import write_new_json, writing_folder
 N_IDS = 2**32  # the backend stores an id in 32 bits, and raises an error if an id is larger
 UNKNOWN_CHARACTER = "\U0010fffd"  # a character for private use, which no vocabulary has
 
+# Settings that only other programs read. A tokenizer that is saved keeps them.
+KEPT = ("model_max_length", "padding_side", "truncation_side")
+# Classes of transformers that pad on the left if no setting says where. PreTrainedTokenizerFast,
+# which `save` names in their place, pads on the right, and then a LLaMA continues the padding.
+LEFT_PADDED = ("LlamaTokenizer", "CodeLlamaTokenizer")
+
 
 class Tokenizer:
     """Text to ids and back.
@@ -48,6 +54,7 @@ class Tokenizer:
         for conversations with tools and "default" for others, or None.
     has_separate_targets: True if a target is a sequence of its own, as for T5's decoder; False if
         it continues the prompt, as for LLaMA.
+    kept: the settings that `save` hands on to other programs.
     """
 
     def __init__(self, backend, settings):
@@ -58,6 +65,7 @@ class Tokenizer:
         """
         self.backend = backend
         self.chat_template = by_name(settings.get("chat_template"))
+        self.kept = kept_settings(settings)
         # A tokenizer.json may ask to cut or pad every text, because it keeps the settings of the
         # moment when it was saved.
         backend.no_truncation()
@@ -89,14 +97,18 @@ class Tokenizer:
         mark_special(self.backend, self.special_tokens.values())
 
     def _frame(self, settings):
-        """Return a post-processor that puts bos and eos around a text if the settings say so."""
+        """Return a post-processor that puts bos and eos around a text if the settings say so.
+
+        It does the same with each of two texts, which only other programs encode together.
+        """
         frame = ["$A"]
         if settings.get("add_bos_token") and "bos_token" in self.special_tokens:
             frame.insert(0, self.special_tokens["bos_token"])
         if settings.get("add_eos_token") and "eos_token" in self.special_tokens:
             frame.append(self.special_tokens["eos_token"])
         ids = [(token, self.backend.token_to_id(token)) for token in self.special_tokens.values()]
-        return processors.TemplateProcessing(frame, None, ids)
+        second = [part.replace("$A", "$B") for part in frame]
+        return processors.TemplateProcessing(frame, frame + second, ids)
 
     def _adds_eos_alone(self):
         """Return whether `encode` ends a text with eos, and does not begin it with bos."""
@@ -264,7 +276,7 @@ class Tokenizer:
         templates, special tokens and added tokens are removed.
         """
         # A null, or else an id in config.json would become the bos of a tokenizer that has none.
-        config = {"bos_token": None} | self.special_tokens
+        config = {"bos_token": None} | self.special_tokens | self.kept
         if isinstance(self.chat_template, dict):
             config["chat_template"] = [
                 {"name": name, "template": text} for name, text in self.chat_template.items()
@@ -312,6 +324,14 @@ class Tokenizer:
         with reading(origin):
             backend, settings = read_gguf_tokenizer(metadata)
             return cls(backend, settings)
+
+
+def kept_settings(settings):
+    """Return the settings that `save` hands on, with what the class of the tokenizer stands for."""
+    kept = {key: settings[key] for key in KEPT if key in settings}
+    if settings.get("tokenizer_class", "").removesuffix("Fast") in LEFT_PADDED:
+        kept.setdefault("padding_side", "left")
+    return kept
 
 
 def expect_text(text):

@@ -488,6 +488,46 @@ def test_saving_replaces_the_special_tokens_of_a_checkpoint_of_transformers_4(tm
     check_saved(small(name), tmp_path, ["the red hats"])
 
 
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_transformers_puts_special_tokens_around_each_of_two_texts(tmp_path, name):
+    transformers = pytest.importorskip(
+        "transformers", reason="needs the extra: pip install 'minia3[test]'"
+    )
+    tokenizer = small(name)
+    tokenizer.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = theirs("the red hats", "a hall")["input_ids"]
+    assert ids == tokenizer.encode("the red hats") + tokenizer.encode("a hall")
+
+
+ENDLESS = int(1e30)  # what transformers takes for the length if no file says it
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "side", "length"),
+    [
+        # transformers' class of a LLaMA pads on the left, which the saved class would not
+        ("llama", {"tokenizer_class": "LlamaTokenizerFast", "model_max_length": 40}, "left", 40),
+        ("llama", {"tokenizer_class": "LlamaTokenizer", "padding_side": "right"}, "right", ENDLESS),
+        ("llama", {"padding_side": "left"}, "left", ENDLESS),
+        ("t5", {"tokenizer_class": "T5Tokenizer", "model_max_length": 12}, "right", 12),
+    ],
+)
+def test_transformers_pads_and_cuts_as_with_the_files_that_were_read(
+    tmp_path, name, settings, side, length
+):
+    transformers = pytest.importorskip(
+        "transformers", reason="needs the extra: pip install 'minia3[test]'"
+    )
+    tokenizer = Tokenizer.from_folder(write(tmp_path, name, tokenizer_config=settings))
+    tokenizer.save(tmp_path / "once")
+    Tokenizer.from_folder(tmp_path / "once").save(tmp_path / "twice")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "twice")
+    assert theirs.padding_side == side
+    assert theirs.truncation_side == "right"
+    assert theirs.model_max_length == length
+
+
 # Finding
 
 
