@@ -143,6 +143,20 @@ def check_adapter_folder(folder):
     raise ValueError(f"{folder}: found {describe_content(folder)}, {expected}")
 
 
+def check_new_model(folder):
+    """Raise ValueError if a model in this folder would take something else's place, or be spoiled.
+
+    transformers applies an adapter to a model in the same folder, also to a merged one.
+    """
+    found = None
+    if (folder / "adapter_config.json").exists():
+        found = "an adapter, which transformers would apply to a model in the same folder"
+    elif (folder / "config.json").exists() and is_run(folder):
+        found = "the folder of a run, whose config.json a model would replace"
+    if found is not None:
+        raise ValueError(f"{folder}: found {found}: give another folder")
+
+
 def has_config(folder):
     return any((folder / name).exists() for name in CONFIG_FILES)
 

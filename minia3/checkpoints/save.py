@@ -6,6 +6,7 @@ This uses the tables of tensor_names.py and config.py in the opposite direction.
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from minia3.checkpoints.config import to_hf
 from minia3.checkpoints.hub import local_path
 from minia3.checkpoints.known_models import base_of, known_model
-from minia3.checkpoints.layout import STALE_TOKENIZER_FILES, WEIGHT_FILES
+from minia3.checkpoints.layout import STALE_TOKENIZER_FILES, WEIGHT_FILES, check_new_model
 from minia3.checkpoints.tensor_names import name_table
 from minia3.files.home import expand_home
 from minia3.files.processes import is_first
@@ -48,10 +49,12 @@ def save_model(model, folder, tokenizer=None):
     divided among processes, all of them call this, and the first one writes. It gathers one tensor
     at a time, and keeps those of a shard.
 
-    Raise ValueError if the base is quantized, or if the model is in a wrapper, such as that of
-    torch.compile.
+    Raise ValueError if the base is quantized, if the model is in a wrapper, such as that of
+    torch.compile, or if the folder holds an adapter or a run.
     """
     refuse_wrapper(model)
+    folder = Path(expand_home(folder))
+    check_new_model(folder)
     if quantized_linears(model):
         raise ValueError(
             "a checkpoint holds plain weights, and this base is quantized: load it without "
@@ -68,7 +71,7 @@ def save_model(model, folder, tokenizer=None):
     stale = STALE
     if tokenizer is not None:
         stale = STALE + STALE_TOKENIZER_FILES
-    with writing_folder(expand_home(folder), replaces=stale) as temporary:
+    with writing_folder(folder, replaces=stale) as temporary:
         save_others(temporary, model, model.embed.weight.dtype, tokenizer)
         save_tensors(temporary, parts)
 

@@ -124,6 +124,21 @@ def test_saving_leaves_only_whole_files_that_others_may_read(loaded, tmp_path):
     assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == 0o666 & ~mask
 
 
+def test_a_model_is_not_saved_over_an_adapter_or_a_run(loaded, tmp_path):
+    """transformers would apply the adapter to the merged model; the run could not be resumed."""
+    model = loaded("llama-gqa", seed=0)
+    minia3.save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="adapter: found an adapter, which transformers would"):
+        minia3.save_model(minia3.merge(model), tmp_path / "adapter")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="run: found the folder of a run, whose config.json a mod"):
+        minia3.save_model(model, run)
+    assert (run / "config.json").read_text() == "{}"
+
+
 def test_a_chat_template_of_the_folder_stays_if_its_tokenizer_stays(loaded, tmp_path):
     template = tmp_path / "chat_template.jinja"
     template.write_text("{{ messages }}")
