@@ -219,4 +219,6 @@ def check_tensors(entries, parameters):
         reason = ""
         if missing and missing[0][0] not in entries:
             reason = ": a LoRA must be on the same linears in all layers"
+        elif not missing:  # as a file with the embedding, to which tokens were added
+            reason = ": a plain LoRA has A and B alone"
         raise ValueError(f"expected finite {missing} ..., found {unknown} ...{reason}")

@@ -32,6 +32,7 @@ LORA_HARMLESS = HARMLESS | {
     "lora_dropout":             "in training only, and ours has none",
     "layers_to_transform":      "the names of the tensors say which layers have an adapter",
     "layers_pattern":           "the names of the tensors say which layers have an adapter",
+    "merge_weights":            "in files of PEFT 0.2: when it added B A to the weight",
     "loftq_config":             "belongs to an init_lora_weights that is refused",
     "eva_config":               "belongs to an init_lora_weights that is refused",
     "corda_config":             "belongs to an init_lora_weights that is refused",
@@ -49,6 +50,7 @@ REFUSED = {
 }
 LORA_REFUSED = REFUSED | {
     "bias":                     (None, "none", False),
+    "enable_lora":              (None, [], False),  # in files of PEFT 0.2: for parts of a linear
     # The others start from the weights of the base, which some of them change.
     "init_lora_weights":        (None, True, False, "gaussian", "orthogonal"),
     "use_rslora":               (None, False, True),  # True: `load_lora` computes the scale

@@ -530,7 +530,7 @@ DAMAGE = {
     "nan": (with_nan, rf"\[\('{QA}'.*found \[\]"),
     "more": (
         lambda x: x | {f"{Q}B.bias": torch.ones(24)},
-        rf"\[\] \.\.\., found \[\('{Q}B.bias', \(24,\)\)\]",
+        rf"\[\] \.\.\., found \[\('{Q}B.bias', \(24,\)\)\] \.\.\.: a plain LoRA has A and B alone$",
     ),
     "deeper": (lambda x: x | {in_block_9(QA): torch.ones(3, 24)}, r"found \[.*block.9.layer"),
     "half": (without_cross_attention, "expected finite .*block.0.layer.1.EncDecAttention.q"),

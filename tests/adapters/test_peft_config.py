@@ -62,6 +62,13 @@ def test_a_key_that_changes_a_lora_is_refused_by_name(key, value):
         check_lora_config("x", {**LORA, key: value})
 
 
+def test_the_keys_of_the_first_loras_are_known():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        keys = {"enable_lora": None, "merge_weights": False, "fan_in_fan_out": False}
+        assert check_lora_config("x", LORA | keys) == (4, 8)
+
+
 @pytest.mark.parametrize("check", [check_ia3_config, check_lora_config])
 def test_a_key_that_nobody_knows_is_a_warning_that_names_it(check):
     raw = {check_ia3_config: IA3, check_lora_config: LORA}[check]
