@@ -76,14 +76,26 @@ def convert_adapter(args):
 
     adapter = read_adapter(args.model)
     base = args.base or adapter.base
-    if args.to == "dora" and base is None:
-        raise ValueError(f"{args.model} does not say which model it is for: give --base")
+    if args.to == "dora" and args.base is None:
+        check_base(args.model, base)
     with writing_new_folder(args.out) as folder:
         if args.to == "dora":
             write_dora(folder, adapter, base, args.model)
         else:
             write_adapter(folder, adapter.vectors, base)
         copy_task_file([Path(args.model)], folder)
+
+
+def check_base(adapter, base):
+    """Raise ValueError if the model that an adapter names, which a DoRA needs, is not found."""
+    from minia3.checkpoints.hub import find
+
+    if base is None:
+        raise ValueError(f"{adapter} does not say which model it is for: give --base")
+    try:
+        find(base, weights=False)
+    except ValueError as error:
+        raise ValueError(f"the model that {adapter} names: {error}: or give --base") from None
 
 
 def convert_model(args):

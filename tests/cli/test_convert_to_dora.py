@@ -45,6 +45,15 @@ def test_the_base_is_the_one_that_the_adapter_names_unless_it_is_given(
     assert message == "minia3: ia3 does not say which model it is for: give --base\n"
 
 
+def test_a_base_that_was_moved_is_to_be_given(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    minia3.save_adapter(gated_model(tmp_path / "base"), tmp_path / "ia3")
+    (tmp_path / "base").rename("elsewhere")
+    message = failure(capsys, "convert", "ia3", "dora", "--to", "dora")
+    assert message.startswith("minia3: the model that ia3 names: base: no such folder")
+    assert message.endswith("or give --base\n")
+
+
 @pytest.mark.parametrize(
     ("kind", "found"),
     [("lora", "as a LoRA, an adapter loses most of itself"), ("dor", "'dor', expected dora")],
