@@ -103,9 +103,13 @@ def convert_model(args):
     from minia3.checkpoints.save import save_model
     from minia3.checkpoints.tokenizer import find_tokenizer
     from minia3.files.progress import showing
+    from minia3.model.quantized import quantized_linears
     from minia3.tasks.task_file import copy_task_file
 
     model = load_model(args)
+    if quantized_linears(model):
+        remedy = "`minia3 merge --dequantize` writes such weights, with an adapter folded in"
+        raise ValueError(f"{args.model} is stored in nf4, and has no plain weights: {remedy}")
     path = find(args.model, weights=False)
     tokenizer = find_tokenizer(path)  # None if there is none
     with showing("writing"), writing_new_folder(args.out) as folder:

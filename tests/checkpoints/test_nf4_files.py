@@ -12,6 +12,7 @@ from torch import nn
 
 import minia3
 from minia3.adapters.lora import add_lora
+from minia3.cli.main import main
 from minia3.model.more_vectors import add_vectors, possible_vectors
 from minia3.model.quantized import NF4Linear, dequantize, quantized_linears
 
@@ -128,6 +129,13 @@ def test_merging_from_file_to_file_writes_plain_weights(tmp_path):
     assert not quantized_linears(merged)
     expected = logits(model, SOURCE, MASK, TARGET)
     assert off(logits(merged, SOURCE, MASK, TARGET), expected) < 1e-5
+
+
+def test_the_command_that_converts_names_the_one_that_writes_plain_weights(tmp_path, capsys):
+    write_quantized("llama-gqa", tmp_path / "base", double_quant=False)
+    assert main(["convert", str(tmp_path / "base"), str(tmp_path / "converted")]) == 2
+    message = "base is stored in nf4, and has no plain weights: `minia3 merge --dequantize` writes"
+    assert message in capsys.readouterr().err
 
 
 def test_a_lora_needs_plain_weights_and_the_message_says_how_to_get_them(tmp_path):
