@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import random
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -75,6 +76,13 @@ def model(name, seed=0):
         values = scale * torch.randn(parameter.shape, generator=generator)
         place_parameter(new, key, values + key.endswith("norm.weight"))
     minia3.save_model(new, folder, word_tokenizer(ends=name.startswith("t5")))
+    return folder
+
+
+def without_weights(name, folder):
+    """Return the folder of a model that has a config alone, so that loading its weights fails."""
+    folder.mkdir()
+    shutil.copy(model(name) / "config.json", folder)
     return folder
 
 

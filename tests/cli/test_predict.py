@@ -6,7 +6,7 @@ import os
 
 import pytest
 from command_line import failure, output
-from running import events, fails, metrics, model, resume, run, task, words
+from running import events, fails, metrics, model, resume, run, task, without_weights, words
 
 import minia3
 from minia3.cli.main import main
@@ -440,7 +440,7 @@ def test_a_run_is_resumed_with_its_flags_and_finds_changed_files(labeled, tmp_pa
 
 def test_mistakes_about_columns_are_one_line_before_a_model_is_loaded(labeled, tmp_path, capsys):
     run_folder = tmp_path / "run"
-    wrong = {"model": "nowhere/to/be/found", "task": labeled}
+    wrong = {"model": without_weights("t5", tmp_path / "weightless"), "task": labeled}
     fails(
         words(run_folder, input="{txt}", **wrong),
         capsys,

@@ -240,9 +240,7 @@ def test_a_model_that_was_made_from_a_known_model_has_the_prompts_of_that_model(
 def test_a_note_says_if_the_model_saw_the_labels_in_its_pre_training(tmp_path, monkeypatch, capsys):
     assert run(words(tmp_path / "run", steps=1, **rte_flags(tmp_path))) == 0
     assert "pre-training" not in capsys.readouterr().out
-    monkeypatch.setattr(
-        "minia3.training.learned.known_model", lambda name: KNOWN_MODELS["t5-base"]
-    )
+    monkeypatch.setattr("minia3.training.learned.known_model", lambda name: KNOWN_MODELS["t5-base"])
     monkeypatch.setattr(
         "minia3.training.assignment.for_family",
         lambda prompts, family: prompts[5:] if family == "t5-v1.0" else 0 / 0,

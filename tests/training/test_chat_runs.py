@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from running import model, task, train
+from running import model, task, train, without_weights
 
 import minia3
 from minia3.checkpoints.tokenizer import load_tokenizer
@@ -202,9 +202,7 @@ def test_tasks_of_different_chat_templates_are_refused(folder, capsys):
 
 
 def test_a_chat_template_without_conversations_is_refused_before_a_model_is_loaded(folder, capsys):
-    weightless = folder / "weightless"
-    weightless.mkdir()
-    shutil.copy(f"{model('llama')}/config.json", weightless)
+    weightless = without_weights("llama", folder / "weightless")
     message = failure(folder, capsys, model=weightless, task=task((2,)))
     assert "--chat-template is for rows of 'messages', and the rows of this run have " in message
     message = failure(folder, capsys, model=weightless, chat_template="nowhere.jinja")
