@@ -136,8 +136,8 @@ def read_adapters(results):
     """
     from minia3.adapters.peft_files import read_adapter  # imports torch, and `--help` is quick
 
-    resolved = [result.run_folder.resolve() for result in results]
-    top = os.path.commonpath([folder.parent for folder in resolved])
+    resolved = {result.run_folder: result.run_folder.resolve() for result in results}
+    top = os.path.commonpath([folder.parent for folder in resolved.values()])
     adapters = {}
     names = {}  # folder of an adapter -> its name
     for result in results:
@@ -146,7 +146,9 @@ def read_adapters(results):
             continue
         if result.adapter_folder in names:  # a mixture has several results and one adapter
             continue
-        parts = result.adapter_folder.resolve().relative_to(top).parts
+        # The folder may be a link to another disk, so only that of the run is resolved.
+        place = result.adapter_folder.relative_to(result.run_folder)
+        parts = (resolved[result.run_folder] / place).relative_to(top).parts
         name = "-".join(part for part in parts if part not in ("adapter", "adapters"))
         name = distinct_name(name, names.values())
         names[result.adapter_folder] = name

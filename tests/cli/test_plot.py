@@ -148,6 +148,15 @@ def test_adapters_of_different_folders_keep_apart_if_their_names_are_equal(runs,
     assert names == ["learned-x-s0", "learned-x-s0-2"]
 
 
+def test_adapters_that_are_links_to_another_disk_are_drawn(runs, tmp_path):
+    shutil.copytree(runs / "ia3-0", tmp_path / "runs" / "linked")
+    (tmp_path / "disk").mkdir()
+    adapter = tmp_path / "runs" / "linked" / "adapter"
+    adapter.rename(tmp_path / "disk" / "moved")
+    adapter.symlink_to(tmp_path / "disk" / "moved")
+    assert names_of_pictures(tmp_path / "runs") == ["accuracy", "curves", "learned-linked"]
+
+
 def test_a_mixture_has_one_picture_of_its_adapter(runs, tmp_path):
     mixture = tmp_path / "mixture"
     shutil.copytree(runs / "ia3-0", mixture)
