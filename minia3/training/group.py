@@ -24,7 +24,7 @@ from minia3.training.log import TrainingLog
 from minia3.training.loss_scale import choose_loss_scale, unscale
 from minia3.training.methods import trainable_parameters
 from minia3.training.optimizer import make_optimizer
-from minia3.training.prepare import prepare_model
+from minia3.training.prepare import forget_peak_memory, prepare_model
 from minia3.training.replicas import seed_dropout, sum_step
 from minia3.training.shards import choose_shards
 
@@ -59,6 +59,7 @@ class Group:
         self.cells = cells
         self.config = config
         first_config = cells[0].config  # has one seed and one rate; in a grid, `config` has several
+        forget_peak_memory(device)
         with first_goes_first():
             download(config)
         shards = choose_shards(config, device, dtype)
