@@ -15,14 +15,27 @@ from minia3.cli.main import main
 from minia3.cli.terminal import show
 
 
-class Worker:
-    """What submitit calls: `minia3 study ... --run`. Its runs continue where they were stopped."""
+GPUS = "CUDA_VISIBLE_DEVICES"
 
-    def __init__(self, words):
+
+class Worker:
+    """What submitit calls: `minia3 study ... --run`. Its runs continue where they were stopped.
+
+    is_local: whether it runs on this machine. submitit hides all GPUs from such a worker, so it
+    sees those that this process sees. On a cluster, the scheduler says which it has.
+    """
+
+    def __init__(self, words, is_local=False):
         self.words = words
+        self.is_local = is_local
+        self.gpus = os.environ.get(GPUS)  # as they are when it is submitted
 
     def __call__(self):
         """Raise RuntimeError if a run has failed, because a job that returns is a success."""
+        if self.is_local:
+            os.environ.pop(GPUS, None)
+            if self.gpus is not None:
+                os.environ[GPUS] = self.gpus
         with saving_when_time_is_up():
             code = main(self.words)
             if code != 0:
@@ -54,7 +67,8 @@ def saving_when_time_is_up():
             return
         try:
             queue_again(number, frame)
-        except (SystemExit, RuntimeError) as ending:  # RuntimeError: its time was up too often
+        # Not only SystemExit: its time was up too often, or the cluster queues no job again.
+        except (SystemExit, Exception) as ending:
             endings.append(ending)
             if signal.getsignal(signal.SIGINT) == without_run:
                 raise
@@ -92,6 +106,7 @@ def submit(target, words, folder, n_workers, hours):
     if partition:
         executor.update_parameters(slurm_partition=partition)
     with executor.batch():
-        jobs = [executor.submit(Worker(words)) for _ in range(n_workers)]
+        worker = Worker(words, is_local=cluster == "local")
+        jobs = [executor.submit(worker) for _ in range(n_workers)]
     for job in jobs:
         show(f"job {job.job_id} prints to {job.paths.stdout}")

@@ -1,8 +1,11 @@
 """submitit starts workers that make the runs of a study, here in place of a cluster."""
 
 import contextlib
+import os
 import signal
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import running
@@ -67,6 +70,32 @@ def test_a_worker_that_fails_does_not_return(monkeypatch, code):
         Worker(["study", "a b.toml"])()
 
 
+@pytest.mark.filterwarnings("ignore:No submission happened")
+@pytest.mark.parametrize("gpus", [None, "3,5"])
+def test_a_local_worker_has_the_gpus_of_the_process_that_starts_it(tmp_path, monkeypatch, gpus):
+    """submitit starts it with CUDA_VISIBLE_DEVICES="", so that its runs would be on the CPU."""
+    from minia3.cli.submit import Worker, submit
+
+    def keep(executor, worker):
+        workers.append(worker)
+        return SimpleNamespace(job_id="7", paths=SimpleNamespace(stdout="7.out"))
+
+    name = "CUDA_VISIBLE_DEVICES"
+    monkeypatch.delenv(name, raising=False)
+    if gpus is not None:
+        monkeypatch.setenv(name, gpus)
+    workers = []
+    monkeypatch.setattr(submitit.AutoExecutor, "submit", keep)
+    submit("local", [], tmp_path, 2, 1)
+    workers.append(Worker([]))  # of a cluster, which chooses the GPUs itself
+    seen = []
+    monkeypatch.setattr("minia3.cli.submit.main", lambda words: seen.append(os.getenv(name)) or 0)
+    for worker in workers:
+        monkeypatch.setenv(name, "")
+        worker()
+    assert seen == [gpus, gpus, ""]
+
+
 def test_a_worker_that_is_stopped_is_queued_again_with_the_same_words():
     from minia3.cli.submit import Worker
 
@@ -94,7 +123,11 @@ def submitit_handler(ending):
         signal.signal(signal.SIGUSR2, before)
 
 
-ENDINGS = [SystemExit(122), submitit.core.utils.UncompletedJobError("timed-out too many times")]
+ENDINGS = [
+    SystemExit(122),
+    submitit.core.utils.UncompletedJobError("timed-out too many times"),
+    subprocess.CalledProcessError(1, ["scontrol", "requeue", "7"]),  # the cluster forbids it
+]
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
