@@ -1,6 +1,7 @@
 """What `info --devices` answers: does a model fit, what takes the memory, and how to run it."""
 
 import math
+import shlex
 import textwrap
 from typing import NamedTuple
 
@@ -74,7 +75,7 @@ def device_lines(name, model_config, devices, batch, length):
         sizes = ["--batch-size", batch, "--max-length", length]
         if largest < n_examples:
             sizes += ["--micro-batch-size", largest]  # of each process
-        yield "command", " ".join(map(str, command(name, devices, n_shards) + sizes))
+        yield "command", shlex.join(map(str, command(name, devices, n_shards) + sizes))
     else:
         yield "instead", advice(model_config, devices, shape)
     dtypes = "In bfloat16"

@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -366,6 +367,14 @@ def test_one_device_needs_no_torchrun_and_a_large_batch_needs_micro_batches(no_a
         "python train.py --model t5-3b --task TASK --dtype bfloat16 --recompute --quantize int8 "
         f"--batch-size 9000 --max-length 128 --micro-batch-size {largest}"
     )
+
+
+def test_a_model_whose_path_has_a_space_is_one_word_of_the_command(tmp_path, no_activations):
+    folder = tmp_path / "my models" / "t5"
+    shutil.copytree(running.model("t5"), folder)
+    found = plan_of(str(folder), "--devices", 1, "--memory", 7)
+    words = shlex.split(found["command"])
+    assert words[words.index("--model") + 1] == str(folder)
 
 
 @pytest.mark.parametrize(
