@@ -49,7 +49,7 @@ class Result:
 
     run_folder: Path
     adapter_folder: Path  # where the adapter was saved, or the whole model
-    model: str
+    model: str  # with a digest if other weights had the same name
     task: str  # with what is unusual: another metric or split, or other data of the same name
     metric: str
     method: str
@@ -67,6 +67,7 @@ class Result:
     held_out_curve: np.ndarray  # (N, 2): step, accuracy on held-out rows in per cent
     flags: dict  # the flags that may distinguish this result from others
     data_digest: str  # six digits of the checksums of the task's files
+    weights_digest: str | None  # six digits of a checksum of the base; None: unknown
     label: str = ""  # the method, and the flags that do distinguish it
 
     @property
@@ -138,6 +139,7 @@ def read_results(folders):
 
     label_results(results)
     tell_data_apart(results)
+    tell_weights_apart(results)
     distinct = {}
     for result in results:
         distinct.setdefault(result.identity, result)
@@ -250,6 +252,7 @@ def read_result(run, final):
         held_out_curve=read_held_out_curve(run, adapter, task),
         flags=select_flags(run, final),
         data_digest=digest_data(run.config.get("data", {}), task),
+        weights_digest=(run.config.get("weights") or "")[:6] or None,
     )
 
 
@@ -449,3 +452,17 @@ def tell_data_apart(results):
     for result in results:
         if len(digests[result.task]) > 1:
             result.task += f" [{result.data_digest}]"
+
+
+def tell_weights_apart(results):
+    """Add a digest to the name of a model whose weights were replaced between some results.
+
+    Only weights that are a path on the machine of the run have a digest.
+    """
+    digests = {}
+    for result in results:
+        if result.weights_digest is not None:
+            digests.setdefault(result.model, set()).add(result.weights_digest)
+    for result in results:
+        if result.weights_digest is not None and len(digests[result.model]) > 1:
+            result.model += f" [{result.weights_digest}]"

@@ -197,6 +197,23 @@ def test_different_rows_of_the_same_name_are_different_tasks(tmp_path):
     assert cb == "cb"
 
 
+def test_results_of_weights_that_were_replaced_are_of_two_models(tmp_path):
+    """Trained again at the same path, a base is another one, and its results no further seeds."""
+    digests = ("a" * 64, "a" * 64, "b" * 64, None)  # None: from an earlier version, or the hub
+    for seed, digest in enumerate(digests):
+        make_run(tmp_path / str(seed), seed=seed % 2, weights=digest)
+    make_run(tmp_path / "other", [{"model": "n"}], weights="c" * 64)
+    results, note = read_results([tmp_path])
+    assert [result.model for result in results] == [
+        "m [aaaaaa]",
+        "m [aaaaaa]",
+        "m [bbbbbb]",
+        "m",
+        "n",
+    ]
+    assert note == ""
+
+
 def test_the_same_files_in_another_order_are_the_same_data(tmp_path):
     make_run(tmp_path / "a", data={"train.jsonl": "aa", "test.jsonl": "bb"})
     make_run(tmp_path / "b", data={"test.jsonl": "bb", "train.jsonl": "aa"}, seed=1)
