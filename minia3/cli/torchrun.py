@@ -37,6 +37,9 @@ def run(args):
 
     options = torchrun.parse_args(args.script)
     check_script(options)
+    if torchrun.determine_local_world_size(options.nproc_per_node) < 1:
+        given = options.nproc_per_node
+        raise ValueError(f"torchrun: --nproc-per-node is {given}, expected at least 1 process")
     try:
         with without_logging():
             torchrun.run(options)

@@ -95,6 +95,15 @@ def test_a_script_that_is_missing_is_one_line(words, missing, capsys):
     assert capsys.readouterr().err == f"minia3: torchrun: there is no {missing}\n"
 
 
+def test_no_process_at_all_is_one_line(capsys, tmp_path):
+    """As a script gives it that counts the GPUs of a machine that has none."""
+    script = tmp_path / "script.py"
+    script.touch()
+    assert main(["torchrun", "--standalone", "--nproc-per-node", "0", str(script)]) == 2
+    expected = "minia3: torchrun: --nproc-per-node is 0, expected at least 1 process\n"
+    assert capsys.readouterr().err == expected
+
+
 def test_scripts_modules_and_programs_that_are_there_are_started(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr("torch.distributed.run.run", started.append)
