@@ -179,15 +179,11 @@ def read_field(path, place, typed):
 
 
 def read_value(path, place, field, value):
-    """Return the value of a flag (see `as_flag`). A text stays one until `StudyRun.check`.
-
-    place: where the file has it.
-    """
-    if not isinstance(value, list):
-        return value
-    if not value:
+    """Return the value of a flag (see `as_flag`). place: where the file has it."""
+    if value == []:
         raise ValueError(f"{path}: {place} is an empty list")
-    for part in value:
+    parts = value if isinstance(value, list) else []
+    for part in parts:
         if tuple in kinds_of(field) and "," in str(part):
             raise ValueError(
                 f"{path}: {place} has {part!r:.80} in a list, and on a command line the comma "

@@ -68,6 +68,14 @@ def test_values_are_those_of_the_command_line_whatever_the_file_writes(tmp_path)
         read(tmp_path, "[runs.a]\nlr = 1\n[runs.b]\nlr = 1.0")
 
 
+def test_several_values_may_be_a_text_with_commas_as_in_a_file_of_config(tmp_path):
+    text = "[flags]\nseed = '0,1'\n[each]\nlr = ['1e-3,1e-2']\ntask = ['a/x.csv,b/y.csv']"
+    (run,) = read(tmp_path, text)
+    assert run.name == "lr0.001,0.01-x.csv,y.csv"
+    assert (run.config.seed, run.config.lr) == ((0, 1), (0.001, 0.01))
+    assert run.config.task == ("a/x.csv", "b/y.csv")
+
+
 def test_zero_is_a_value_like_others(tmp_path):
     text = "[flags]\ndropout = 0\n[each]\nwarmup-ratio = [0, 0.06]\n[runs.shared]\nshard = 0"
     first, second, shared = read(tmp_path, text)
