@@ -164,6 +164,7 @@ def make_run(study_run):
     """Make a run, or continue it. Return what became of it, in words that follow a number."""
     from minia3.files.streams import lasting_output, print_error
     from minia3.training.loop import load_loop
+    from minia3.training.outcomes import results_of_finished
     from minia3.training.run import Failed
     from minia3.training.signals import Stopped
     from minia3.training.start import run_config
@@ -173,7 +174,8 @@ def make_run(study_run):
         try:
             config = study_run.resolve()
             outcome = "finished before"
-            if not is_finished(study_run.folder):
+            # Not from checkpoint.pt: with --method full, it is three times as large as the model.
+            if not study_run.has_begun or results_of_finished(study_run.folder) is None:
                 show(f"== {study_run.folder}")
                 run_config(config, loop.run_grid, COMMAND, is_program=True)
                 outcome = "finished now"
@@ -196,14 +198,6 @@ def make_run(study_run):
             return "failed"
 
 
-def is_finished(folder):
-    """Return whether the run in a folder is finished, and keep no state, which may be large."""
-    from minia3.training.checkpoint import checkpoint_of_results, load_checkpoint
-
-    checkpoint = load_checkpoint(folder) or checkpoint_of_results(folder)
-    return checkpoint is not None and checkpoint.is_finished
-
-
 # States
 
 
@@ -223,16 +217,16 @@ def state_of(study_run):
     from minia3.cli.results import errors_in_one_line
     from minia3.files.read import read_json
     from minia3.training.metrics_file import read_metrics
-    from minia3.training.outcomes import count_cells, outcomes_of
+    from minia3.training.outcomes import all_have_ended, outcomes_of
 
     if not study_run.has_begun:
         return "to come"
     folder = study_run.folder
     with errors_in_one_line(folder):
-        n_cells = count_cells(read_json(folder / "config.json"))
-        outcomes = outcomes_of(read_metrics(folder / "metrics.jsonl"))
-    if len(outcomes) < n_cells:
+        lines = read_metrics(folder / "metrics.jsonl")
+        has_ended = all_have_ended(lines, read_json(folder / "config.json"))
+    if not has_ended:
         return "begun"
-    if "failed" in outcomes.values():
+    if "failed" in outcomes_of(lines).values():
         return "failed"
     return "finished"

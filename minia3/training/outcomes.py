@@ -30,6 +30,17 @@ def count_cells(config):
     return math.prod(lengths)
 
 
+def all_have_ended(lines, config):
+    """Return whether all adapters have ended. One of a mixture has a final line for each task.
+
+    lines: of metrics.jsonl. config: of config.json.
+    """
+    events = list(outcomes_of(lines).values())
+    n_tasks = len(config["task"]) if is_mixture(config) else 1
+    n_finals = sum(line["event"] == "final" for line in lines)
+    return len(events) >= count_cells(config) and n_finals >= n_tasks * events.count("final")
+
+
 def results_of_finished(folder):
     """Return the results of a run that is finished, as a checkpoint has them, or else None.
 
@@ -38,8 +49,7 @@ def results_of_finished(folder):
     with reading(folder):
         lines = read_metrics(folder / "metrics.jsonl")
         finals = [line for line in lines if line["event"] == "final"]
-        n_ended = len(outcomes_of(lines))
-        if not finals or n_ended < count_cells(read_json(folder / "config.json")):
+        if not finals or not all_have_ended(lines, read_json(folder / "config.json")):
             return None
     return [result_in(final) for final in finals]
 
