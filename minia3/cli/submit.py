@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from minia3.cli.main import main
 from minia3.cli.terminal import show
 
-
 GPUS = "CUDA_VISIBLE_DEVICES"
 
 
