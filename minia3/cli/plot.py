@@ -45,6 +45,7 @@ STYLE = {
 }
 SIZE = (8, 5.5)  # inches
 DPI = 200  # 8 inches are 1600 pixels
+MOST_PIXELS = 32_000  # of a side: viewers show no more, and older versions of matplotlib fail
 
 # Curves go through all of these in turn, and through the ten colors of matplotlib's cycle. A curve
 # with gaps lies on top, so that another one with the same values shows through.
@@ -103,7 +104,8 @@ def plot(folders, out):
         with rc_context(STYLE), replacing(path) as temporary:
             figure = Figure(SIZE, DPI, layout="constrained")
             picture.draw(figure)
-            figure.savefig(temporary, format="png")
+            dpi = min(DPI, MOST_PIXELS / max(figure.get_size_inches()))
+            figure.savefig(temporary, format="png", dpi=dpi)
         yield str(path)
     if note:
         yield note

@@ -7,6 +7,7 @@ import shutil
 import sys
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,6 +99,16 @@ def test_each_picture_is_a_png_and_a_note_reports_what_is_left_out(runs, tmp_pat
         n_pixels = int.from_bytes(content[16:20], "big")
         assert n_pixels == 1600
     assert str(runs / "begun") in note
+
+
+def test_the_picture_of_very_many_rows_has_a_lower_resolution(tmp_path, monkeypatch):
+    monkeypatch.setattr("minia3.cli.plot.MOST_PIXELS", 2000)
+    for i in range(30):
+        make_run(tmp_path / "runs" / str(i), lr=0.001 * (i + 1))
+    path, _ = plot([tmp_path / "runs"], tmp_path)
+    content = Path(path).read_bytes()
+    width, height = (int.from_bytes(content[i : i + 4], "big") for i in (16, 20))
+    assert width < height <= 2000
 
 
 def test_without_training_there_are_no_curves_and_one_adapter_has_no_similarity(runs):
