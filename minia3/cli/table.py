@@ -296,7 +296,7 @@ def short_names(models):
 
     The whole paths stay if two models would have the same short name.
     """
-    names = {model: Path(model).name for model in models}
+    names = {model: Path(model).name or model for model in models}  # "." has no name
     if len(set(names.values())) < len(names):
         return {model: model for model in names}
     return names

@@ -291,7 +291,11 @@ def test_csv_has_all_digits_and_empty_texts_for_unknown_values(rows):
 
 @pytest.mark.parametrize(
     ("models", "shown"),
-    [(("a/one", "b/c/two"), ["one", "two"]), (("a/one", "b/one"), ["a/one", "b/one"])],
+    [
+        (("a/one", "b/c/two"), ["one", "two"]),
+        (("a/one", "b/one"), ["a/one", "b/one"]),
+        ((".", "a/one"), [".", "one"]),
+    ],
 )
 def test_a_model_is_shown_with_its_folders_if_two_models_have_the_same_name(
     models, shown, tmp_path
