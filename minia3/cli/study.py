@@ -15,6 +15,7 @@ from collections import Counter
 from minia3.cli.arguments import positive
 from minia3.cli.terminal import show
 from minia3.files.lock import FolderLocked
+from minia3.files.messages import plural
 from minia3.training import command_line
 from minia3.training.config import Config
 from minia3.training.run_folder import RunExists
@@ -24,6 +25,7 @@ from minia3.training.study_file import given_words, read_studies
 TITLE = "Carry out the runs that a file describes, or a share of them"
 EXAMPLE = "minia3 study study.toml --run 1/6"
 STATES = ("finished", "failed", "begun", "to come")
+LEFT = "left to another worker"  # what may become of a run
 N_WORKERS = 1
 HOURS = 24
 HELPS = {  # of flags that mean something else for a study, or nothing
@@ -111,6 +113,8 @@ def run(args):
     elif args.submit:
         from minia3.cli.submit import submit
 
+        for study_run in runs:  # a worker does so, too, but it may be queued for hours
+            study_run.resolve()
         words = ["study", *args.files, *given_words(given), "--only", args.only, "--run"]
         folder = runs[0].folder.parent / "workers"
         submit(args.submit, words, folder, args.workers or N_WORKERS, args.hours or HOURS)
@@ -147,13 +151,15 @@ def make_runs(runs, share):
         )
     for study_run in runs:
         study_run.resolve()
-    counts = Counter()
-    failed = []
-    for study_run in sorted(share, key=lambda study_run: study_run.has_begun):
-        outcome = make_run(study_run)
-        counts[outcome] += 1
-        if outcome == "failed":
-            failed.append(str(study_run.folder))
+    queue = sorted(share, key=lambda study_run: study_run.has_begun)
+    outcomes = {}  # folder -> what became of its run
+    for study_run in queue:
+        outcomes[study_run.folder] = make_run(study_run)
+    for study_run in queue:  # again, because the worker that made it may have been killed since
+        if outcomes[study_run.folder] == LEFT:
+            outcomes[study_run.folder] = make_run(study_run)
+    counts = Counter(outcomes.values())
+    failed = [str(folder) for folder, outcome in outcomes.items() if outcome == "failed"]
     show(", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "0 runs")
     if failed:
         names = ", ".join(failed)
@@ -188,7 +194,7 @@ def make_run(study_run):
             return outcome
         except FolderLocked:
             show("another worker makes this run")
-            return "left to another worker"
+            return LEFT
         except Stopped as stop:
             sys.exit(128 + stop.number)
         except (Failed, OSError, ValueError) as error:
@@ -202,18 +208,33 @@ def make_run(study_run):
 
 
 def show_states(runs):
-    """Print a line for each run, and how many runs there are in each state."""
+    """Print a line for each run, how many runs there are in each state, and which have other flags.
+
+    A run may have other flags because the file has changed since, or because some were typed.
+    """
     counts = Counter()
+    differences = []
     for study_run in runs:
         state = state_of(study_run)
         counts[state] += 1
         show(f"{state:<9} {study_run.folder}")
+        if state != "to come":
+            try:
+                study_run.check_begun()
+            except ValueError as error:
+                differences.append(str(error))
+    if differences:
+        n = len(differences)
+        show(f"note      {n} {plural(n, 'run')} not of this study: {differences[0]}")
     parts = [f"{counts[state]} {state}" for state in STATES if state in counts]
     show(f"{len(runs)} runs: {', '.join(parts)}")
 
 
 def state_of(study_run):
-    """Return one of STATES. It is read from the run's files, so it is true at any time."""
+    """Return one of STATES, whatever the flags of the run in the folder are.
+
+    It is read from the run's files, so it is true at any time.
+    """
     from minia3.cli.results import errors_in_one_line
     from minia3.files.read import read_json
     from minia3.training.metrics_file import read_metrics

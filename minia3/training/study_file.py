@@ -29,12 +29,18 @@ from pathlib import Path
 
 from minia3.files.home import expand_home
 from minia3.files.read import reading
-from minia3.training.command_line import check_length, complete, parse_flags, put_over
+from minia3.training.command_line import (
+    check_length,
+    complete,
+    expand_paths,
+    parse_flags,
+    put_over,
+)
 from minia3.training.config import Config
 from minia3.training.config_file import as_flag, find_field, read_toml
 from minia3.training.flags import as_tuple, flag_words, kinds_of, option
 from minia3.training.rules import check_config
-from minia3.training.run_folder import RUNS, short_value
+from minia3.training.run_folder import RUNS, check_same_flags, short_value
 
 PARTS = ("out", "flags", "each", "runs")
 OF_THE_STUDY = ("out", "resume", "config", "or_resume")  # fields that a run cannot choose
@@ -72,6 +78,10 @@ class StudyRun:
             check_config(self.config)
             check_length(self.flags)
             self.flags = parse_flags(given_words(self.flags))
+
+    def check_begun(self):
+        """Raise ValueError if the run in the folder has other flags than this one."""
+        check_same_flags(self.folder, Config(**expand_paths(self.flags)))
 
     def resolve(self):
         """Return the flags of the run that is there, or of a new one. See `resume_if_begun`."""

@@ -224,6 +224,26 @@ def test_a_run_that_another_worker_has_begun_since_we_looked_is_continued(
     assert printed.endswith("\n1 finished before\n")
 
 
+def test_a_run_whose_worker_is_killed_while_others_work_is_made_by_one_of_them(
+    tmp_path, capsys, monkeypatch
+):
+    path = write_study(tmp_path, steps=1)
+    first, second, *_ = read_studies([path], {})
+    first.folder.mkdir(parents=True)
+    lock = lock_folder(first.folder)
+    run_config = start.run_config
+
+    def run_config_and_kill_the_other(config, *arguments, **options):
+        if Path(config.out) == second.folder:
+            lock.close()
+        return run_config(config, *arguments, **options)
+
+    monkeypatch.setattr(start, "run_config", run_config_and_kill_the_other)
+    printed = output(capsys, "study", path, "--only", "seed0-*", "--run")
+    assert "another worker makes this run" in printed
+    assert printed.endswith("\n2 finished now\n")
+
+
 def test_a_run_that_another_worker_has_begun_and_left_since_we_looked_is_continued(
     tmp_path, capsys, monkeypatch
 ):
@@ -300,12 +320,29 @@ def test_a_finished_run_whose_checkpoint_was_deleted_is_not_made_again(tmp_path,
     assert running.contents(first.folder) == before
 
 
+def test_a_run_with_the_flags_that_the_file_had_before_is_noted(tmp_path, capsys):
+    path = write_study(tmp_path, steps=1)
+    first = read_studies([path], {})[0]
+    assert running.run([*given_words(first.flags), "--data-dir", "elsewhere"]) == 0
+    last, found = states(capsys, path)
+    assert (last, len(found)) == ("4 runs: 1 finished, 3 to come", 4)
+    write_study(tmp_path, steps=2)
+    *_, note, last = output(capsys, "study", path).splitlines()
+    assert note == (
+        f"note      1 run not of this study: {first.folder} holds a run with other flags: "
+        "--steps is 1, expected 2: give another --out, or remove the folder"
+    )
+    assert last == "4 runs: 1 finished, 3 to come"
+
+
 def test_runs_with_other_flags_are_a_mistake_before_anything_is_made(tmp_path, capsys):
     path = write_study(tmp_path, steps=1)
     last = read_studies([path], {})[-1]
     assert running.run(given_words(last.flags)) == 0
     found = f"{last.folder} holds a run with other flags: --steps is 1, expected 2"
-    assert found in failure(capsys, "study", path, "--run", "--steps", 2)
+    for action in ("--run", "--submit=local"):
+        assert found in failure(capsys, "study", path, action, "--steps", 2)
+    assert not (tmp_path / "runs" / "workers").exists()
     assert states(capsys, path)[0] == "4 runs: 1 finished, 3 to come"
 
 
