@@ -136,6 +136,24 @@ def test_choices_with_letters_are_picked_by_their_letter(tmp_path):
     assert rendered(load(tmp_path, row, **flags)) == [("a x", ["A", "B"], 1)]
 
 
+def test_rows_with_lists_of_choices_pick_among_them_if_a_task_file_names_their_column(tmp_path):
+    rows = [{"question": "a", "options": ["x", "y"], "answer": n} for n in (1, 0)]
+    task = load_described(tmp_path, {"fields": {"options": "choices"}}, *rows)
+    assert rendered(task) == [("a", ["x", "y"], 1), ("a", ["x", "y"], 0)]
+
+
+def test_what_an_adapter_has_learned_does_not_count_if_something_else_is_said(tmp_path):
+    learned = load(tmp_path, {"text": "a", "label": "x"}, {"text": "b", "label": "y"}).spec
+    rows = [{"text": "c", "label": "y"}, {"text": "d", "label": "x"}]
+    for said in ({}, {"metric": "macro_f1"}):
+        task = load(tmp_path, *rows, like=learned, **said)
+        assert rendered(task) == [("c", ["x", "y"], 1), ("d", ["x", "y"], 0)]
+    task = load(tmp_path, *rows, like=learned, input="{text}!")
+    assert rendered(task) == [("c!", ["y", "x"], 0), ("d!", ["y", "x"], 1)]
+    task = load_described(tmp_path, {"prompts": [{"text": "{text}?"}]}, *rows, like=learned)
+    assert rendered(task) == [("c?", ["y", "x"], 0), ("d?", ["y", "x"], 1)]
+
+
 def test_rows_keep_their_choices_in_the_words_that_an_adapter_has_learned(tmp_path):
     rows = [{"question": f"q{i}", "choices": ["x", f"y{i}"], "answer": i} for i in range(2)]
     trained = load(tmp_path, *rows)
@@ -313,6 +331,8 @@ def test_an_adapter_of_conversations_reads_them_under_the_name_that_it_has_learn
 def test_columns_with_the_usual_names_come_before_conversations(tmp_path):
     task = load(tmp_path, {"input": "a", "target": "b", "conversations": SHAREGPT})
     assert task.columns == "reads input, writes target; ignores conversations"
+    with pytest.raises(ValueError, match="has the columns Q, conversations; expected columns"):
+        load(tmp_path, {"Q": "a", "conversations": SHAREGPT}, target="{Q}")
 
 
 def test_the_tools_of_a_conversation_are_found_whatever_their_case(tmp_path):

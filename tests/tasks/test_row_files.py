@@ -519,10 +519,14 @@ def refusal(path):
     return str(error)
 
 
-def test_a_small_file_may_hold_the_same_row_many_times(tmp_path):
+def test_a_small_file_may_hold_the_same_row_many_times(tmp_path, monkeypatch):
     packed = gzip.compress(b'{"input": "a", "target": "b"}\n' * 50_000)
     assert len(packed) < 10_000
     assert len(read(tmp_path / "a.jsonl.gz", packed)) == 50_000
+    # A larger file may hold 100 times its own size.
+    monkeypatch.setattr("minia3.tasks.row_files.FREE_BYTES", 0)
+    packed = gzip.compress(b'{"input": "a", "target": "b"}\n' * 50)
+    assert len(read(tmp_path / "a.jsonl.gz", packed)) == 50
 
 
 # Damage

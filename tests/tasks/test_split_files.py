@@ -175,6 +175,9 @@ def test_a_file_that_is_almost_a_split_that_is_there_is_named_in_a_note(tmp_path
     fill(tmp_path, "train.jsonl", "val.jsonl", "test.jsonl", "train_data.csv", "tests.json", "x.md")
     task = load_task(tmp_path)
     assert task.notes == ["not used, because not named like a split: tests.json, train_data.csv"]
+    (tmp_path / "train2").mkdir()  # which may hold rows, unlike a folder of any other name
+    (tmp_path / "images").mkdir()
+    assert load_task(tmp_path).notes[0].endswith(": tests.json, train2, train_data.csv")
     assert (len(task.train), len(task.validation), len(task.test)) == (3, 3, 3)
 
 

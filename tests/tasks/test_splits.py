@@ -90,7 +90,7 @@ def test_five_consecutive_seeds_hold_out_each_row_of_raft_once(name):
 def test_with_50_shots_of_raft_no_row_is_left_to_report_on():
     task = load_task("raft/ade_corpus_v2", DATA, shots=50, seed=3)
     assert sorted(row["idx"] for row in task.train) == list(range(50))
-    with pytest.raises(ValueError, match="raft/ade_corpus_v2: no labeled rows to report on"):
+    with pytest.raises(ValueError, match=r"no labeled rows .*: all of them are shots, so"):
         _ = task.evaluation
     assert len(load_task("raft/ade_corpus_v2", DATA, shots=40, seed=3).train) == 40
     with pytest.raises(ValueError, match="1 to 40 shots, found 45"):

@@ -246,6 +246,8 @@ def test_a_task_file_may_have_nothing_but_prompts(tmp_path):
     prompts = [{"text": "{a}", "target": "{b}"}, {"text": "{a}?", "target": "{b}"}]
     (tmp_path / "mine.json").write_text(json.dumps({"prompts": prompts}))
     assert find_task_file(str(tmp_path / "mine.json")) == tmp_path / "mine.json"
+    (tmp_path / "mine.json").write_text('{"prompts": []}')  # which is a mistake in it
+    assert find_task_file(str(tmp_path / "mine.json")) == tmp_path / "mine.json"
 
 
 # Beside an adapter
