@@ -198,7 +198,7 @@ def parse_cells(cells: list[str], header: list[str], keep_empty: bool) -> dict |
     if not keep_empty:
         row = {name: cell for name, cell in row.items() if cell}
     for name, cell in row.items():
-        if name.lower() == "choices" and cell:
+        if name.lower() == "choices":
             row[name] = ChoicesCell(cell)
     return row
 

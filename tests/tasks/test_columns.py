@@ -276,6 +276,13 @@ def test_the_choices_of_a_prompt_come_before_a_column_that_could_be_written(tmp_
     assert rendered(task) == [("a", ["z"], 0)] * 2
 
 
+def test_a_target_that_no_prompt_names_is_a_text():
+    row = normalize_row({"input": "a", "target": 3.0}, TaskSpec(), "train", 0)
+    assert render(TaskSpec().prompts[0], row) == ("a", ["3"], 0)
+    with pytest.raises(ValueError, match="'target' is ' ', expected a text that is not empty"):
+        normalize_row({"input": "a", "target": " "}, TaskSpec(), "train", 0)
+
+
 def test_columns_that_are_choices_are_not_ignored(tmp_path):
     rows = [{"text": "t", "a": "x", "B": "y", "c": "z", "label": label} for label in (0, 1)]
     entry = {"choices": ["{a}", "{b}."], "prompts": [{"text": "{text}"}]}
@@ -311,6 +318,8 @@ def test_a_conversation_is_found_whatever_its_column_is_called_and_read_from_sha
     system = {"from": "system", "value": "s"}
     task = load(tmp_path, {"id": "a long text", name: [system, *SHAREGPT]})
     assert task.columns == f"reads {name}, writes what the assistant says; ignores id"
+    with pytest.raises(ValueError, match=rf"rows\.jsonl:2: '{name}' is \[\], expected a list"):
+        load(tmp_path, {name: SHAREGPT}, {name: []})
     for row in task.train:
         assert row["messages"] == [
             {"role": "system", "content": "s"},
@@ -324,6 +333,9 @@ def test_an_adapter_of_conversations_reads_them_under_the_name_that_it_has_learn
     for name in ("conversations", "messages"):
         row = normalize_row({name: SHAREGPT[:1]}, spec, PREDICTED, 0)
         assert row["messages"] == [{"role": "user", "content": "a"}]
+        assert row["label"] == -1
+        for messages, label in ((SHAREGPT[:1], -1), (SHAREGPT, 0)):
+            assert normalize_row({name: messages}, spec, "test", 0)["label"] == label
     task = load_described(tmp_path, make_entry(spec), {"conversations": SHAREGPT})
     assert task.answer == "messages"
 

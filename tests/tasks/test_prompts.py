@@ -84,6 +84,7 @@ def test_white_space_before_an_empty_field_at_the_end_is_left_out_and_no_other(t
     row = {"instruction": "a", "input": "b", "label": 0}
     assert render(prompt, row).input == filled
     assert render(prompt, row | {"input": ""}).input == empty
+    assert render(prompt, row | {"input": "b "}).input == filled.replace("b", "b ")
 
 
 def test_the_choices_of_a_row_have_no_spaces_at_their_ends_as_those_of_a_csv_file_have_none():
