@@ -104,7 +104,7 @@ def test_an_unlabeled_row_stays_unlabeled():
         (Prompt("{premise} {hypothesis}", ("a",)), "'hypothesis'"),
         (Prompt("{premise}", ("{choice1}",)), "'choice1'"),
         (Prompt("{premise} {question}", ("a",), {"question": {"cause": "because"}}), "'question'"),
-        (Prompt("{premise}", ("a",), {"premise": {"cause": "because"}}), "is 'It rains.', expected"),
+        (Prompt("{premise}", ("a",), {"premise": {"cause": "because"}}), "'It rains.', expected"),
         (OWN_PROMPTS[0]._replace(text="{premise}"), "'target'"),
     ],
 )

@@ -14,6 +14,7 @@ from minia3.training.assignment import assign_rows
 from minia3.training.cell import Cell
 from minia3.training.doubts import (
     count_repeated,
+    doubts_about_dtypes,
     doubts_about_result,
     loss_notes,
     notes_on_texts,
@@ -416,3 +417,9 @@ def test_without_rows_to_report_on_the_first_step_says_that_the_weights_are_to_b
         "--check-weights",
         code=1,
     )
+
+
+def test_a_base_of_several_dtypes_is_doubtful_and_a_base_of_one_is_not():
+    assert doubts_about_dtypes(["float32"]) == []
+    (doubt,) = doubts_about_dtypes(["float32", "bfloat16"])
+    assert doubt.startswith("the weights were float32 then bfloat16, because there was no --dtype")

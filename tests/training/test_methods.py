@@ -117,6 +117,10 @@ def test_lora_trains_what_it_adds_and_its_folder_gives_the_same_result(name, tmp
     assert all(x.any() for x in tensors.values())  # B too has left zero
     share = used(capsys.readouterr().out, read(task() / "test.jsonl"), capsys)
     assert share == pytest.approx(final["accuracy"])
+    config = train.Config(method="lora", adapter=str(out / "adapter"))
+    found = trainable_parameters(minia3.load_model(model(name)), config)
+    saved = sorted(map(torch.Tensor.tolist, tensors.values()))
+    assert sorted(parameter.tolist() for parameter in found.values()) == saved
 
 
 def test_lora_is_drawn_by_the_seed_of_its_run():

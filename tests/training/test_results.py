@@ -244,6 +244,7 @@ def test_the_report_says_how_many_shots_fit(tmp_path, capsys):
         f"accuracy    {final['accuracy_before']:.1%} before, {final['accuracy']:.1%} after" in shown
     )
     assert "shots       3.0 before each input, on average" in shown
+    assert "3 rows to put before each input, " in shown
     finals = [final | {"adapter": f"s{i}", "n_shots": n} for i, n in enumerate((3.0, 1.0, 2.5))]
     report(train.Config(method="icl", shots=3, seed=(0, 1, 2)), tmp_path / "run", finals)
     assert "shots       1.0 to 3.0 before each input, on average" in capsys.readouterr().out

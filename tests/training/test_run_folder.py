@@ -27,10 +27,32 @@ from minia3.training import run as training_run
 from minia3.training.metrics_file import Metrics
 from minia3.training.run_folder import (
     describe_difference,
+    discard_run,
     environment,
     restore_flags,
     run_name,
 )
+
+
+def test_a_run_that_has_written_results_is_not_discarded(tmp_path):
+    for name in ("config.json", "metrics.jsonl"):
+        (tmp_path / name).touch()
+    before = contents(tmp_path)
+    discard_run(tmp_path)
+    assert contents(tmp_path) == before
+    (tmp_path / "metrics.jsonl").unlink()
+    discard_run(tmp_path)
+    assert not tmp_path.exists()
+
+
+def test_the_lines_of_a_finished_run_are_rewritten_up_to_its_last_checkpoint(tmp_path):
+    lines = [{"event": "train"}, {"event": "failed"}, {"event": "final", "accuracy": 1}]
+    content = "".join(json.dumps(line) + "\n" for line in lines)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(content + '{"event": "half')
+    for _ in range(2):  # a call that is killed at its end is repeated
+        Metrics(tmp_path, len(content)).reopen()
+        assert metrics(tmp_path) == [lines[0], {"event": "extended", "accuracy": 1}]
 
 
 def test_what_a_run_left_that_was_killed_at_once_is_removed(tmp_path):
