@@ -184,7 +184,9 @@ def test_a_cluster_that_is_not_there_is_one_line(tmp_path, capsys):
 @pytest.mark.parametrize("words", [("--workers", "0"), ("--hours", "0"), ("--hours", "nan")])
 def test_workers_and_hours_are_numbers_above_0(tmp_path, capsys, words):
     path = write_study(tmp_path)
-    assert "not a number above 0" in failure(capsys, "study", path, "--submit", "local", *words)
+    command = ["study", path, "--submit", "local"]
+    assert "not a number above 0" in failure(capsys, *command, *words)
+    assert "invalid float value: 'x'" in failure(capsys, *command, "--hours", "x")
 
 
 @pytest.mark.parametrize(("words", "expected"), [((), (1, 24)), (("--workers", "3"), (3, 24))])
