@@ -393,6 +393,8 @@ def test_a_row_of_which_nothing_is_known_is_a_conversation_if_it_has_messages(na
     # An adapter that was trained on conversations obeys the flag, too.
     learned = with_flags(TaskSpec(messages="messages"), ColumnFlags(input="{text}?"))
     assert learned.answer_of(normalize_row(file_row, learned, PREDICTED, 0)) == "target"
+    same = with_flags(TaskSpec(messages="messages"), ColumnFlags())
+    assert same.answer_of(normalize_row(file_row, same, PREDICTED, 0)) == "messages"
 
 
 def test_a_row_of_which_nothing_is_known_may_hold_a_conversation_under_another_name():
