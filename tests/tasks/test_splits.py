@@ -358,6 +358,9 @@ def test_cells_in_quotes_are_counted_in_a_tsv_file(tmp_path):
     (tmp_path / "test.tsv").write_text("text\tlabel\na\tgood\n")
     (tmp_path / "train.tsv").write_text(f"text\tlabel\n{rows[0]}\nb\tgood\n")
     assert load_task(tmp_path).notes[0].startswith("1 cell of .tsv files is in quotes, ")
+    (tmp_path / "test.tsv").write_text("text\tlabel\na\n")
+    with pytest.raises(ValueError, match=r"test\.tsv:2: expected 2 cells, as in the header"):
+        load_task(tmp_path)
     for name in ("train", "test"):
         (tmp_path / f"{name}.tsv").write_text(content)
     for name in ("train", "test"):

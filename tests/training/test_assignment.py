@@ -13,7 +13,8 @@ from written_out import (
 
 import minia3
 from minia3.checkpoints.known_models import KNOWN_MODELS
-from minia3.training.assignment import assign_rows
+from minia3.tasks.task import Task
+from minia3.training.assignment import assign_rows, is_without_results
 
 
 def test_nothing_is_chosen_on_the_rows_that_are_reported(tmp_path, monkeypatch):
@@ -247,3 +248,21 @@ def test_a_note_says_if_the_model_saw_the_labels_in_its_pre_training(tmp_path, m
     )
     assert run(words(tmp_path / "seen", steps=1, **rte_flags(tmp_path))) == 0
     assert "t5-v1.0 saw this task's labels in its pre-training" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("labels", "n_validation", "flags", "expected"),
+    [
+        ([-1, -1], 0, {}, True),
+        ([0, -1], 0, {}, True),
+        ([0, 1], 0, {}, False),
+        ([-1, -1], 1, {}, False),
+        ([-1, -1], 0, {"eval_only": True}, False),
+    ],
+)
+def test_only_training_does_without_results_and_only_if_test_hides_a_label(
+    labels, n_validation, flags, expected
+):
+    test = [{"label": label} for label in labels]
+    hidden = Task("t", [], [{"label": 0}] * n_validation, test, "accuracy", {}, [])
+    assert is_without_results(hidden, train.Config(**flags)) is expected

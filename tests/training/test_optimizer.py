@@ -11,7 +11,13 @@ from running import train
 from torch.testing import assert_close
 from transformers.optimization import Adafactor as Theirs
 
-from minia3.training.optimizer import Adafactor, AdamW, learning_rate
+from minia3.training.optimizer import (
+    Adafactor,
+    AdamW,
+    TorchAdamW,
+    learning_rate,
+    make_optimizer,
+)
 from tests.benchmarks.launches import count
 
 LR = 3e-3
@@ -361,3 +367,13 @@ def test_the_learning_rate_equals_the_schedule_of_transformers(steps, ratio, lr)
 def test_t_few_warms_up_for_60_of_1000_steps_and_ends_at_0():
     rates = [learning_rate(step, train.Config()) for step in (0, 30, 60, 530, 999)]
     assert rates == pytest.approx([0, 0.0015, 0.003, 0.0015, 0.003 / 940])
+
+
+def test_the_method_and_the_flag_choose_the_optimizer():
+    for flags, kind in [
+        ({}, Adafactor),
+        ({"optimizer": "adamw"}, AdamW),
+        ({"method": "lora"}, TorchAdamW),
+        ({"method": "full"}, TorchAdamW),
+    ]:
+        assert type(make_optimizer([vector((2, 3))], train.Config(**flags))) is kind
