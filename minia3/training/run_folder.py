@@ -134,7 +134,8 @@ def run_name(config):
     method = config.method
     if config.is_mixture:
         method += "-one"  # not the folder of a grid of the same tasks
-    parts = [Path(config.model).name, join_values(tasks), method]
+    model = os.path.basename(os.path.abspath(config.model))  # which also gives "." a name
+    parts = [model, join_values(tasks), method]
     parts.append(join_values(as_tuple(config.seed)))
     if len(as_tuple(config.lr)) > 1:
         parts.append(join_values(as_tuple(config.lr)))

@@ -162,6 +162,7 @@ def test_the_default_folder_is_named_after_model_task_method_and_seed(tmp_path, 
         ({"task": ("moods/task.json", "b.csv.gz")}, "tiny-t5-moods,b-ia3-0"),
         ({"seed": tuple(range(100))}, "tiny-t5-same-colour-ia3-0+99"),
         ({"model": "x/t5", "task": "x" * 60, "method": "none"}, f"t5-{'x' * 60}-none-0"),
+        ({"model": "x/t5/y/..", "task": "."}, f"t5-{Path.cwd().name}-ia3-0"),
     ],
 )
 def test_the_default_folder_of_a_grid_lists_its_values(flags, expected):
