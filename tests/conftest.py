@@ -21,6 +21,7 @@ from typing import NamedTuple
 # forks) would wait for threads of OpenMP that it does not have. This is set before torch is
 # imported, and the processes that the tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as `minia3 torchrun` sets it
 os.environ.pop("COLUMNS", None)  # some shells export the width of the terminal, which wraps lines
 
 import pytest

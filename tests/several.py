@@ -8,6 +8,7 @@ them as a user does.
 import contextlib
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -99,6 +100,8 @@ def call(n_processes, *arguments, **options):
 def be_torchrun(words, n_processes, cwd, out, err):
     """Run torchrun in this process, which has just been forked, and end with its exit code."""
     print_into(out, err, buffering=1)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup, with which CI may run
     os.chdir(cwd)
     os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     fork_workers(n_processes)

@@ -29,6 +29,8 @@ def add_arguments(parser):
 
 def run(args):
     """Return the exit code of the process that failed first, or 0. A signal n is 128 + n."""
+    # Otherwise torch prints a stack of calls of C++ if a process ends before another one.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from torch.distributed import DistNetworkError
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException

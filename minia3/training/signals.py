@@ -52,6 +52,14 @@ class Stopped(BaseException):
         self.number = number
 
 
+def outlives_terminal():
+    """Return whether this process was started with `nohup`, and is still there after SIGHUP.
+
+    torchrun is not: it passes SIGHUP on to its processes, and kills them half a minute later.
+    """
+    return signal.getsignal(HANGUP) is signal.SIG_IGN and "TORCHELASTIC_RUN_ID" not in os.environ
+
+
 class Signals:
     """Raises Stopped when a signal asks for it, as the table above says.
 
@@ -85,8 +93,8 @@ class Signals:
         # Python lets only the main thread decide about signals. In another thread none arrives.
         if threading.current_thread() is threading.main_thread():
             for number in STOPPING:
-                if number == HANGUP and signal.getsignal(number) is signal.SIG_IGN:
-                    continue  # nohup: the run outlives its terminal
+                if number == HANGUP and outlives_terminal():
+                    continue
                 self.handlers_before[number] = signal.signal(number, self.receive)
             self.hook_before = sys.unraisablehook
             sys.unraisablehook = self.stop_again

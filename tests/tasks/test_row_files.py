@@ -88,7 +88,7 @@ def test_a_cell_of_choices_that_is_no_list_is_an_error_if_they_are_picked(tmp_pa
     (tmp_path / "a.csv").write_text(f"input,choices,label\na,b|c,0\na,{quoted},0\n")
     with pytest.raises(ValueError, match=rf"a\.csv:3: {words}") as error:
         load_task(tmp_path / "a.csv")
-    assert len(str(error.value)) < 300
+    assert len(str(error.value)) < len(str(tmp_path)) + 250
 
 
 @pytest.mark.parametrize("cell", ["A) x | B) y", "['x', 'y']"])

@@ -1,5 +1,6 @@
 """Runs in several processes end together: after a mistake, a signal, or a process that dies."""
 
+import functools
 import os
 import signal
 import sys
@@ -129,13 +130,15 @@ def test_a_signal_to_one_process_alone_stops_all_of_them(tmp_path):
 def test_another_number_of_processes_continues_a_run_and_says_so(tmp_path):
     folder = tmp_path / "run"
     flags = {"dtype": "float64", "dropout": 0.0, "steps": 8}
-    with running.at_line(3400, running.functools.partial(running.kill_self, signal.SIGINT)):
+    alone = tmp_path / "alone"
+    with running.at_line(0, None) as executed:
+        assert running.run(running.words(alone, **flags)) == 0
+    kill = functools.partial(running.kill_self, signal.SIGINT)
+    with running.at_line(len(executed) * 2 // 3, kill):
         assert running.run(running.words(folder, **flags)) == 128 + signal.SIGINT
     assert 0 < running.load_checkpoint(folder).n_steps < 8
     out = run_on_ranks(2, ["--resume", folder])
     assert "note     processes so far: 1, from now on: 2;" in out
-    alone = tmp_path / "alone"
-    assert running.run(running.words(alone, **flags)) == 0
     vectors = running.last_vectors(folder)
     for name, value in running.last_vectors(alone).items():
         assert (vectors[name] - value).abs().max() < 1e-9
