@@ -257,16 +257,14 @@ def cell_items(cell) -> list[tuple[str, object]]:
     items = [("", cell)]
     if isinstance(cell, dict):
         items = [(f"[{key}]", value) for key, value in cell.items() if can_name(key)]
-    # SQuAD has {"text": ["Denver"], "answer_start": [177]}.
-    items = [
-        (f"{place}[0]", value[0]) if place and isinstance(value, list) and value else (place, value)
-        for place, value in items
-    ]
-    return [
-        (place, value)
-        for place, value in items
-        if isinstance(value, str | int | float) and not isinstance(value, ChoicesCell)
-    ]
+    plain = []
+    for place, value in items:
+        if place and isinstance(value, list) and value:
+            # SQuAD has {"text": ["Denver"], "answer_start": [177]}.
+            plain.append((f"{place}[0]", value[0]))
+        elif not isinstance(value, ChoicesCell):
+            plain.append((place, value))
+    return [(place, value) for place, value in plain if isinstance(value, str | int | float)]
 
 
 def find_answer(places: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
