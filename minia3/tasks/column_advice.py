@@ -31,6 +31,8 @@ ANSWER_WORDS = (
 )
 
 MANY_ROWS = 1000  # enough to see that values repeat
+# Columns of few values that say where a row is from.
+ORIGINS = ("split", "source", "dataset", "domain", "lang", "language", "type")
 
 
 def explain(columns: Columns, needs_answer: bool, used: Sequence[str]) -> str:
@@ -56,17 +58,11 @@ def explain(columns: Columns, needs_answer: bool, used: Sequence[str]) -> str:
 
 
 def explain_verdicts(columns: Columns, target: str, verdict: str) -> str:
-    """Return the message for a file that says of some answers that they are bad, as for KTO.
-
-    target: the text to write, or "" if the rows are conversations.
-    """
+    """Return the message for a file that says of some answers that they are bad, as for KTO."""
     label = columns.name_in_file("label")
-    advice = f'learn all answers with --target "{target}"'
-    if not target:
-        advice = "give the column another name to learn all answers"
     return (
         f"{columns.origin} has answers to write, and its column {label!r} is {verdict} for some of "
-        f"them: leave those rows out, or {advice}"
+        f'them: leave those rows out, or learn all answers with --target "{target}"'
     )
 
 
@@ -94,7 +90,9 @@ def advise(columns: Columns) -> str:
     for column_set in COLUMN_SETS:
         missing = [name for name in column_set.names if name not in columns]
         unknown = [name for name in named if name not in column_set.names]
-        if len(missing) == 1 and len(column_set.names) > 2 and not unknown:
+        not_answers = [*field_names(column_set.input), "choices"]
+        lacks_answer = len(missing) == 1 and missing[0] not in not_answers
+        if lacks_answer and len(column_set.names) > 2 and not unknown:
             return f"add a column {missing[0]!r} with the answers"
         near = find_near(missing, columns, column_set)
         if near:
@@ -117,8 +115,8 @@ def advise_cells(columns: Columns) -> str:
     for name in names:
         if name in map(str, columns.values(name)):
             return (
-                f"write a header into the first line, because {name!r} is no name if it is also a "
-                "cell below"
+                f"write a header into the first line if it has none ({name!r} is also a cell "
+                f"below); otherwise {advise_flags(columns)}"
             )
     return ""
 
@@ -128,12 +126,12 @@ def find_near(missing: Sequence[str], columns: Columns, column_set: ColumnSet) -
     if len(missing) != 1 or column_set.is_conversation:  # a conversation needs no name
         return ""
     lengths = text_lengths(columns)
-    texts = [fold_case(column) for column, item in lengths if not item]
+    texts = {fold_case(column): column for column, item in lengths if not item}
     unknown = [name for name in texts if name not in column_set.names]
     near = difflib.get_close_matches(missing[0], unknown, n=2, cutoff=0.7)
     if len(near) != 1:  # of text1 and text2, neither is the text
         return ""
-    column = columns.folded[near[0]]
+    column = texts[near[0]]
     is_input = missing[0] in field_names(column_set.input)
     answer = None if is_input else find_answer(lengths)
     return "" if answer and answer[0] != column else column
@@ -228,7 +226,8 @@ def find_repeated(columns: Columns, places: Iterable[tuple[str, str]]) -> tuple[
             for item, value in cell_items(row.get(column)):
                 values[column, item].add(str(value))
     for place in places:
-        if 1 < len(values[place]) <= len(rows) / 3:
+        is_origin = fold_case(place[0]) in ORIGINS
+        if not is_origin and 1 < len(values[place]) <= len(rows) / 3:
             n_values[place] = len(values[place])
     return min(n_values, key=n_values.get, default=None)
 

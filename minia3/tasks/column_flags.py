@@ -11,7 +11,6 @@ from typing import NamedTuple
 from minia3.tasks.columns import ColumnNames
 from minia3.tasks.format_strings import (
     check_template,
-    column_of,
     field_names,
     rename_field,
     roots_of,
@@ -175,7 +174,7 @@ def rename_reserved(spec: TaskSpec, columns: ColumnNames) -> TaskSpec:
             new_name = columns.free_name(f"{name}_text")
             prompts = [rename_in_prompt(prompt, spellings, new_name) for prompt in prompts]
             fields[column] = new_name
-            label_column = column_of(label_field)
+            label_column = columns.column_of(label_field)
             if columns.name_in_file(label_column) == column:
                 label_field = new_name + label_field.removeprefix(label_column)
     return spec._replace(prompts=tuple(prompts), fields=fields, label_field=label_field)

@@ -36,6 +36,10 @@ class ColumnNames:
         """
         return self.exact.get(name) or self.folded.get(fold_case(name), name)
 
+    def column_of(self, field: str) -> str:
+        """Return the column of a label: label, for an item such as label[0]."""
+        return field if field in self else column_of(field)
+
     def free_name(self, name: str) -> str:
         """Return a name that no column has: this one, or a longer one."""
         while name in self:
@@ -94,7 +98,7 @@ class Columns(ColumnNames):
 
     def values(self, name: str) -> Iterable:
         """Return the values of a column, or of an item of it."""
-        root = name if name in self else column_of(name)
+        root = self.column_of(name)
         field = self.name_in_file(root) + name[len(root) :]
         return (label_of(row, field) for row in self.rows)
 
@@ -161,13 +165,13 @@ COLUMN_SETS = (
     ColumnSet(("input", "choices"), "{input}", label="label"),
     ColumnSet(("text", "choices"), "{text}", label="label"),
     ColumnSet(("question", "choices", "answer"), "{question}", label="answer"),
+    ColumnSet(("question", "choices", "label"), "{question}", label="label"),
     ColumnSet(("question", "choices", "answerKey"), "{question}", label="answerKey"),  # ARC
     ColumnSet(("question", "choices"), "{question}", label="label"),
     # Texts to write.
     ColumnSet(("input", "target"), "{input}", "{target}"),
     ColumnSet(("instruction", "input", "output"), "{instruction}\n{input}", "{output}"),
     ColumnSet(("instruction", "output"), "{instruction}", "{output}"),
-    ColumnSet(("instruction", "context", "response"), "{instruction}\n{context}", "{response}"),
     ColumnSet(("prompt", "completion"), "{prompt}", "{completion}"),
     ColumnSet(("question", "context", "answer"), "{context}\n{question}", "{answer}"),
     ColumnSet(("question", "passage", "answer"), "{passage}\n{question}", "{answer}"),
@@ -176,13 +180,15 @@ COLUMN_SETS = (
     # Labels, which are the same for all rows: words, integers or booleans.
     ColumnSet(("premise", "hypothesis", "label"), "{premise}\n{hypothesis}", label="label"),
     ColumnSet(("sentence1", "sentence2", "label"), "{sentence1}\n{sentence2}", label="label"),
+    ColumnSet(("text", "label"), "{text}", label="label"),  # a text may be made of the next columns
     ColumnSet(("question", "sentence", "label"), "{question}\n{sentence}", label="label"),  # QNLI
     ColumnSet(("question", "context", "label"), "{context}\n{question}", label="label"),
     ColumnSet(("question", "passage", "label"), "{passage}\n{question}", label="label"),  # BoolQ
-    ColumnSet(("text", "label"), "{text}", label="label"),
     ColumnSet(("sentence", "label"), "{sentence}", label="label"),
     ColumnSet(("question", "label"), "{question}", label="label"),
     ColumnSet(("input", "label"), "{input}", label="label"),
+    # At the end, because a `response` may be what a model has said, beside an answer or a label.
+    ColumnSet(("instruction", "context", "response"), "{instruction}\n{context}", "{response}"),
 )
 # What a message shows of the table.
 EXPECTED = "text,label; premise,hypothesis,label; input,target; instruction,input,output; messages"
@@ -197,8 +203,8 @@ def find_set(
 ) -> ColumnSet | None:
     """Return the first set whose columns are there: those of the input, the answer, or both.
 
-    used: columns of the input that the user chose, which are not the answer. picks: whether the
-    user gave choices, so that the answer is picked and not written.
+    used: columns of the input or the answer that the user chose, which are not the other one.
+    picks: whether the user gave choices, so that the answer is picked and not written.
     """
     used_keys = {name.lower() for name in used}
     for column_set in ordered_sets(columns, needs_input, needs_answer):
@@ -206,14 +212,14 @@ def find_set(
         answers = set(column_set.names) - inputs
         if column_set.is_conversation and not (needs_input and needs_answer):
             continue
-        if answers.intersection(used_keys) or (picks and column_set.target):
+        if picks and column_set.target:
             continue
         needed = set()
         if needs_input:
             needed |= inputs
         if needs_answer:
             needed |= answers
-        if all(name in columns for name in needed):
+        if used_keys.isdisjoint(map(str.lower, needed)) and all(name in columns for name in needed):
             return column_set
     return None
 
@@ -247,10 +253,9 @@ def find_bad_verdict(columns: Columns, answer: str) -> str:
     if "label" not in columns:
         return ""
     verdicts = {str(value).lower() for value in columns.values("label") if value is not None}
-    if "false" in verdicts and verdicts <= {"true", "false"}:
+    if verdicts == {"true", "false"}:
         return "false"
-    verdicts = {verdict.removesuffix(".0") for verdict in verdicts}
-    if "0" not in verdicts or not verdicts <= {"0", "1"}:
+    if {verdict.removesuffix(".0") for verdict in verdicts} != {"0", "1"}:
         return ""
     n_answers = len(set(map(str, columns.values(answer))))
     return "0" if n_answers > 2 else ""

@@ -194,9 +194,13 @@ def find_rivals(rows: Iterable[dict | ValueError], spec: TaskSpec) -> list[str]:
 def empty_columns(row: dict, prompt: Prompt) -> list[str]:
     """Return the columns that the model reads and that are empty in a checked row of a user.
 
-    An instruction often has no input, so that column does not count.
+    An instruction often has no input or context, so these columns do not count.
     """
-    return [name for name in field_names(prompt.text) if row.get(name) == "" and name != OPTIONAL]
+    names = field_names(prompt.text)
+    optional = {OPTIONAL}
+    if "instruction" in names:
+        optional.add("context")
+    return [name for name in names if row.get(name) == "" and name not in optional]
 
 
 def describe_empty(n_rows: Mapping[str, int]) -> list[str]:
@@ -360,8 +364,10 @@ def unpack_choices(row: dict, label_field: str):
     are_pairs = isinstance(choices["text"], list) and isinstance(letters, list)
     if are_pairs and len(letters) == len(choices["text"]):
         row["choices"] = choices["text"]
-        if row.get(label_field) in letters:
-            row[label_field] = letters.index(row[label_field])
+        letters = [str(letter).strip() for letter in letters]  # which may be numbers
+        right = str(row.get(label_field)).strip()
+        if right in letters:
+            row[label_field] = letters.index(right)
 
 
 def check_input(row: dict, prompt: Prompt, in_file: Container[str]):

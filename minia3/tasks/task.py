@@ -133,9 +133,10 @@ class Task(NamedTuple):
         n_hidden = sum(row["label"] < 0 for row in self.test)
         remedy = (
             "add a validation file, or label all rows of the test file "
-            f"({n_hidden} of {len(self.test)} have no label), or give the file of train alone, "
-            "which is then split in three"
+            f"({n_hidden} of {len(self.test)} have no label)"
         )
+        if self.train:
+            remedy += ", or give the file of train alone, which is then split in three"
         if self.spec.is_published:  # RAFT
             remedy = "all of them are shots, so give fewer --shots"
         raise ValueError(f"{self.name}: no labeled rows to report on: {remedy}")

@@ -118,7 +118,9 @@ def understand(
     notes = notes_on_labels(roles, labels) + notes_on_integers(roles, columns, label_names)
     if not flags.labels and not given.labels:
         notes += notes_on_doubtful_labels(labels)
-    if not roles.messages and not roles.has_row_choices:
+    if roles.messages:
+        notes += notes_on_verdicts(columns, roles.messages)
+    elif not roles.has_row_choices:
         notes += notes_on_choices(ignored_columns(columns, roles))
     return Understanding(spec, describe(columns, roles, labels), notes)
 
@@ -130,7 +132,7 @@ def assign_roles(columns: Columns, spec: TaskSpec, flags: ColumnFlags) -> Column
     """Return which columns are the input and the answer. Raise ValueError if that is unclear."""
     given = given_roles(spec, flags)
     if given.label:
-        label = given.label if given.label in columns else column_of(given.label)
+        label = columns.column_of(given.label)
         columns.check_name(label, "the task file's 'label_field' (default: label)")
         given = given._replace(has_row_choices="choices" in columns)
     roles = with_usual_columns(given, columns)
@@ -152,13 +154,12 @@ def assign_roles(columns: Columns, spec: TaskSpec, flags: ColumnFlags) -> Column
 
 def check_verdicts(columns: Columns, roles: ColumnRoles, given: ColumnRoles):
     """Raise ValueError if a column says of some answers or labels that they are wrong, and nobody
-    has said that all of them are to be learned.
+    has said that all of them are to be learned. (Of conversations, `notes_on_verdicts` says it.)
     """
     if given.target or given.label:
         return
-    answer = roles.messages or "".join(roots_of([roles.target])[:1])
-    if answer:
-        verdict = find_bad_verdict(columns, answer)
+    if roles.target:
+        verdict = find_bad_verdict(columns, roots_of([roles.target])[0])
         if verdict:
             raise ValueError(explain_verdicts(columns, roles.target, verdict))
     elif roles.label and fold_case(roles.label) != "answer" and has_rejected(columns):
@@ -185,7 +186,9 @@ def with_usual_columns(roles: ColumnRoles, columns: Columns) -> ColumnRoles:
     needs_answer = not roles.target and not roles.label
     if not needs_input and not needs_answer:
         return roles
-    used = roots_of(prompt.text for prompt in roles.prompts)
+    used = roots_of([*(prompt.text for prompt in roles.prompts), roles.target])
+    if roles.label:
+        used.append(columns.column_of(roles.label))
     picks = any(prompt.choices for prompt in roles.prompts)
     found = find_set(columns, needs_input, needs_answer, used, picks)
     if found is None and needs_input and needs_answer:
@@ -331,6 +334,20 @@ def notes_on_doubtful_labels(labels: Labels) -> list[str]:
     ]
 
 
+def notes_on_verdicts(columns: Columns, messages: str) -> list[str]:
+    """Return a note if a column may say of some conversations that they are bad.
+
+    It is no error, because no flag could say that the column means something else.
+    """
+    verdict = find_bad_verdict(columns, messages)
+    if not verdict:
+        return []
+    return [
+        f"{columns.name_in_file('label')!r} is {verdict} for some conversations, which are learned "
+        "like the others: leave them out if they are bad"
+    ]
+
+
 def notes_on_choices(ignored: Iterable[str]) -> list[str]:
     """Return a note if the choices of a question stand in columns that the model does not read:
     `options`, or A, B, C, or option_a, option_b, option_c.
@@ -371,12 +388,12 @@ def notes_on_integers(
 
 def has_columns(rows: Sequence[dict], spec: TaskSpec) -> bool:
     """Return whether rows have all the columns that a task reads."""
-    names = [column_of(spec.label_field)] if has_label(spec) else []
+    columns = Columns(rows, spec.fields, "")
+    names = [columns.column_of(spec.label_field)] if has_label(spec) else []
     for prompt in spec.prompts:
         names += roots_of(prompt.templates)
         if not prompt.choices and not prompt.target:
             names.append("choices")
-    columns = Columns(rows, spec.fields, "")
     return all(name in columns for name in names)
 
 

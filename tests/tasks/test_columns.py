@@ -16,7 +16,7 @@ from minia3.tasks.rows import PREDICTED, normalize_row, without_target
 from minia3.tasks.splits import load_task
 from minia3.tasks.task import TaskSpec
 from minia3.tasks.task_file import make_entry, read_entry, read_task_file
-from minia3.tasks.understanding import guess_task
+from minia3.tasks.understanding import guess_task, has_columns
 
 
 def load(tmp_path, *rows, **flags):
@@ -825,8 +825,12 @@ def test_a_column_with_few_different_values_is_advised_as_the_target(tmp_path):
         ("a.tsv", "text,label\nx,1\n", "'text,label' is one column: put tabs between the cells "),
         ("a.tsv", "text   label\nx 1\n", "'text   label' is one column: put tabs between"),
         ("a.csv", "text|label\nx|1\n", "is one column: put commas, semicolons or tabs between"),
-        ("a.csv", "0,so bad\n4,so good\n0,bad\n", "write a header into the first line, because "),
-        ("a.tsv.gz", "so bad\tx\nso good\ty\nbad\tx\n", "because 'x' is no name if it is also a "),
+        ("a.csv", "0,so bad\n4,so good\n0,bad\n", "write a header into the first line if it has"),
+        (
+            "a.tsv.gz",
+            "so bad\tx\nso good\ty\nbad\tx\n",
+            " ('x' is also a cell below); otherwise say ",
+        ),
         ("a.csv", ",0,1\n7,bad,1\n8,good,0\n", "rename the column '0' (in braces"),
         ("a.csv", "0,1\nso bad,1\nso good,0\n", "rename the column '0' (in braces"),
         ("a.csv", 'talk\n"[{""role"": 1}]"\n', "('talk' is the text of a list or an object: a "),
@@ -840,6 +844,77 @@ def test_a_file_without_columns_is_answered_with_what_its_cells_lack(name, text,
     with pytest.raises(ValueError, match=r"\A[^\n]*\Z") as error:
         load_task(tmp_path / name)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "flags", "line"),
+    [
+        # A response of some model stands beside the answer.
+        ({"question": "a", "response": "b", "answer": "c"}, {"input": "Q: {question}"}, "answer"),
+        ({"prompt": "a", "response": "b", "label": "c"}, {"input": "{prompt}"}, "label among c"),
+        ({"instruction": "a", "context": "b", "response": "c"}, {}, "response"),
+        # The position of the right choice stands beside its letter.
+        (
+            {"question": "a", "choices": ["b", "c"], "answerKey": "A", "label": 0},
+            {},
+            "label among the row's choices; ignores answerKey",
+        ),
+        # The text is made of the question and the passage.
+        (
+            {"text": "b a", "question": "a", "passage": "b", "label": "c"},
+            {},
+            "label among c; ignores question, passage",
+        ),
+    ],
+)
+def test_the_column_that_was_meant_as_the_answer_is_taken_and_no_other(row, flags, line, tmp_path):
+    assert f"s {line}" in load(tmp_path, row, **flags).columns
+
+
+@pytest.mark.parametrize("column", ["passage", "context", "sentence"])
+def test_the_model_does_not_read_what_it_is_to_write(column, tmp_path):
+    """It learned to copy, if the target is one of the usual columns of an input."""
+    rows = {"question": "a", column: "b"}
+    task = load(tmp_path, rows, target=f"{{{column}}}")
+    assert task.columns == f"reads question, writes {column}"
+    with pytest.raises(ValueError, match=r"say what the model reads with --input"):
+        load(tmp_path, {"text": "a"}, target="{text}")
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"instruction": "a", "response": "b"}, '--input "{instruction}" --target "{response}"'),
+        ({"passage": "a b", "label": "c"}, '--input "{passage}" --target "{label}"'),
+        # A column says where a row is from.
+        ({"en": "a b", "de": "c", "domain": "news"}, '--input "{domain}" --target "{en}"'),
+    ],
+)
+def test_no_column_of_the_input_is_asked_for_as_an_answer(row, words, tmp_path):
+    with pytest.raises(ValueError, match=r"\A[^\n]*\Z") as error:
+        load(tmp_path, row)
+    assert words in str(error.value)
+
+
+def test_a_renamed_column_whose_old_name_is_near_a_usual_one_is_no_key_error(tmp_path):
+    entry = {"fields": {"labels": "mood"}, "prompts": [{"text": "{text}"}]}
+    with pytest.raises(ValueError, match=r"the columns text, labels; expected columns such as "):
+        load_described(tmp_path, entry, {"text": "a", "labels": "x"})
+
+
+def test_a_column_with_brackets_in_its_name_is_a_label_of_its_own(tmp_path):
+    entry = {"label_field": "Rating [1-5]", "prompts": [{"text": "{text}"}]}
+    rows = [{"text": "a", "Rating [1-5]": 1}, {"text": "b", "Rating [1-5]": 5}]
+    spec = load_described(tmp_path, entry, *rows).spec
+    assert has_columns(rows, spec)
+    assert not has_columns([{"text": "a"}], spec)
+
+
+@pytest.mark.parametrize(("letters", "right"), [([1, 2, 3], "1"), (["1", "2", "3"], 1)])
+def test_numbers_that_stand_for_choices_are_no_positions(letters, right, tmp_path):
+    row = {"question": "q", "choices": {"text": ["x", "y", "z"], "label": letters}}
+    task = load(tmp_path, {**row, "answerKey": right})
+    assert rendered(task) == [("q", ["x", "y", "z"], 0)]
 
 
 TURN = [{"role": "assistant", "content": "b"}]  # an answer of a row for DPO
@@ -980,17 +1055,15 @@ def test_labels_that_prodigy_marks_as_wrong_are_not_learned_unnoticed(tmp_path):
 
 @pytest.mark.parametrize(("good", "bad"), [(True, False), (1, 0)])
 @pytest.mark.parametrize("name", ["messages", "conversations"])
-def test_conversations_that_are_labeled_as_bad_are_not_learned_unnoticed(name, good, bad, tmp_path):
+def test_a_note_says_if_conversations_may_be_labeled_as_bad(name, good, bad, tmp_path):
+    """It is no error, because the label may mean something else, and no flag could say so."""
     user = {"role": "user", "content": "a"}
     rows = [{name: [user, {**TURN[0], "content": text}], "label": good} for text in "bcd"]
-    assert load(tmp_path, *rows).columns.endswith("writes what the assistant says; ignores label")
-    rows[1]["label"] = bad
-    message = (
-        rf"its column 'label' is {str(bad).lower()} for some of them: leave those rows out, or "
-        r"give the column another name to learn all answers\Z"
-    )
-    with pytest.raises(ValueError, match=message):
-        load(tmp_path, *rows)
+    start = f"'label' is {str(bad).lower()} for some conversations, which are learned like the "
+    for labels, is_noted in [((good,) * 3, False), ((bad,) * 3, False), ((good, bad, good), True)]:
+        task = load(tmp_path, *({**rows[i], "label": labels[i]} for i in range(3)))
+        assert task.columns.endswith("writes what the assistant says; ignores label")
+        assert any(note.startswith(start) for note in task.notes) == is_noted
 
 
 @pytest.mark.parametrize("bad", [0, 0.0, "0"])
