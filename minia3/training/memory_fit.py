@@ -141,7 +141,8 @@ def out_of_memory_message(error, run):
     if len(smaller) < len(sizes):
         remedies.append("use a smaller model, a shorter --max-length or --recompute")
     message = f"out of memory: {', or '.join(remedies)}: {reason}"
-    if smaller and run.folder is not None and (run.folder / "config.json").exists():
+    # The folder of a new run without results is removed.
+    if smaller and run.folder is not None and (run.folder / "metrics.jsonl").exists():
         command = resume_command(run.program, run.folder, run.unrecorded | smaller)
         message += f"; to continue: {command}"
     return message

@@ -101,7 +101,9 @@ class Run:
         self.trackers = []
         # What to advise if memory runs out; 0: no size is smaller. Planning it (memory_fit.py) may
         # lead to better sizes.
-        self.suggested_micro_batch_size = (config.micro_batch_size or config.batch_size) // 2
+        self.suggested_micro_batch_size = 0
+        if config.is_training:
+            self.suggested_micro_batch_size = (config.micro_batch_size or config.batch_size) // 2
         self.suggested_eval_batch_size = config.eval_batch_size // 2
 
     def open_folder(self, config):
@@ -242,7 +244,7 @@ class Run:
             signals = self.signals
             with signals.ignored_after(PeerGone), signals.arriving(), computing_together():
                 yield
-            self.save(group)  # here, because a signal may come now, too
+                self.save(group)  # here, because a signal may come now, too
         except (Stopped, PeerGone):
             if self.undo_step is not None:
                 self.undo_step()

@@ -244,6 +244,8 @@ class Signals:
                 number = received[0]
                 if number not in STOPPING or not self.is_held:
                     continue
+                if number == HANGUP and self.n_seen > 0:
+                    continue  # `receive` ignores it, too
                 self.n_seen += 1
                 if number == signal.SIGINT and self.n_seen == 1:
                     call_later(SHORT, self.announce, self.n_blocks)

@@ -194,6 +194,12 @@ def test_memory_that_runs_out_in_an_evaluation_is_one_line_with_the_size(
     size = out.partition("--eval-batch-size ")[2].split()[0]
     assert f"--eval-batch-size (try {size})" in err
     assert err.count("\n") == 1
+    assert "to continue" not in err  # the folder of a new run without results is removed
+    assert not (tmp_path / "run").exists()
+    flags = {"task": data, "steps": None, "method": "none", "eval_batch_size": 1}
+    assert run(words(tmp_path / "run", **flags)) == 1
+    advice = "out of memory: use a smaller model, a shorter --max-length or --recompute: CUDA out"
+    assert advice in capsys.readouterr().err
 
 
 def test_a_half_of_the_rows_is_offered_if_they_are_fewer_than_a_batch(

@@ -398,14 +398,34 @@ def test_a_second_signal_while_the_first_one_saves_keeps_the_last_checkpoint(
     continues_as_if_it_had_not_stopped("adafactor", out)
 
 
-def test_a_signal_while_a_trained_group_is_saved_loses_no_step(tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_within", [False, True])
+def test_a_signal_while_a_trained_group_is_saved_loses_no_step(is_within, tmp_path, monkeypatch):
+    """Within a write, torch has the exception of the signal, and raises another one."""
     original_save = torch.save
     steps = steps_that_begin(monkeypatch)
 
-    def save(state, file):
-        if len(steps) == 12 and not signals:
+    class Interrupted:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, data):
+            if self.file.tell() > 0:
+                kill_once()
+            return self.file.write(data)
+
+    def kill_once():
+        if not signals:
             signals.append(None)
             kill_self(signal.SIGINT)
+
+    def save(state, file):
+        if len(steps) == 12 and is_within:
+            file = Interrupted(file)
+        elif len(steps) == 12:
+            kill_once()
         original_save(state, file)
 
     signals = []
