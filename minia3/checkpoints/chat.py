@@ -221,7 +221,7 @@ class Worker:
             return
         self.close()
         # Isolated (-I), so that no file of the working folder is imported in place of a package.
-        # Python ignores what is no text in its path.
+        # Python skips entries of its path that are not strings.
         import_path = [folder for folder in sys.path if isinstance(folder, str) and folder]
         self.process = subprocess.Popen(
             [sys.executable, "-I", template_worker.__file__, json.dumps(import_path)],

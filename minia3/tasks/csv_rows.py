@@ -38,8 +38,8 @@ def read_cell_rows(
 ) -> Iterator[tuple[int, dict | ValueError]]:
     """Yield (line number, row or error) for each row of a .csv or .tsv file.
 
-    A row of empty cells is left out at the end of the file, where a spreadsheet writes many. Before
-    other rows it counts, because otherwise the results of those would stand a row too high.
+    Rows of empty cells at the end of the file are left out: spreadsheets write many of them. If
+    another row follows, they count, because otherwise its result would stand a row too high.
 
     keep_empty: an empty cell is an empty text, and not missing; and spaces before a quote stay.
     """
