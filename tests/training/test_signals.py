@@ -6,6 +6,7 @@ import functools
 import hashlib
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -235,6 +236,31 @@ def test_closing_the_terminal_saves_the_run(first, tmp_path, monkeypatch):
     assert load_checkpoint(out).n_steps == 4
     assert resume(out) == 0
     assert outcome(out) == whole_run()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "n_ends"),
+    [
+        ([signal.SIGHUP, signal.SIGHUP], 1),
+        ([signal.SIGTERM, signal.SIGHUP], 1),
+        ([signal.SIGINT, signal.SIGHUP], 0),  # the step in progress may finish
+        ([signal.SIGINT, signal.SIGHUP, signal.SIGINT], 1),
+    ],
+)
+def test_a_terminal_that_is_closed_after_another_signal_ends_no_long_step(
+    numbers, n_ends, monkeypatch
+):
+    called = []
+    monkeypatch.setattr(
+        training_signals, "call_later", lambda seconds, function, argument: called.append(function)
+    )
+    signals = Signals(is_program=True)
+    signals.is_held = True
+    reader, writer = socket.socketpair()
+    with writer:
+        writer.send(bytes(numbers))
+    signals.watch(reader)
+    assert called.count(signals.end_process) == n_ends
 
 
 @pytest.mark.usefixtures("_terminal")
