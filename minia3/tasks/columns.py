@@ -158,7 +158,7 @@ class ColumnSet(NamedTuple):
         return not self.input
 
 
-# The first set whose columns are all there is taken, so larger sets come first.
+# The first set whose columns are all there is taken, so a larger set mostly comes before a smaller.
 COLUMN_SETS = (
     ColumnSet(("messages",), ""),  # a conversation, which a chat template puts into words
     # Rows with choices of their own. The label is the index of a choice, or its words.
