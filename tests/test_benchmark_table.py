@@ -137,6 +137,17 @@ def test_a_goal_beyond_the_floor_or_beyond_the_kernels_alone_is_shown_as_such():
     )
 
 
+def test_kernels_alone_rule_out_a_goal_if_they_run_below_its_share_of_the_roof():
+    row = replace(step_row(ratio=1.25, share=0.5), alone=1.25, alone_of="products")
+    text = table.table_row(STEP, [record_of({STEP: row})])
+    alone = "1.25 s products (62%) | 2.00 at 80%"
+    assert text.endswith(f"| 0 of 1 | 1.00 s roof (50%) | 2.50 | {alone} |")
+    row = replace(row, alone=1.6)
+    text = table.table_row(STEP, [record_of({STEP: row})])
+    alone = "1.60 s products (80%) | 1.56 at 62%, below the goal"
+    assert text.endswith(f"| 0 of 1 | 1.00 s roof (50%) | 2.50 | {alone} |")
+
+
 def test_a_floor_of_bytes_is_shown_in_bytes():
     row = Row("B", 2e6, 4e6, 2.0, floor=1e6, floor_of="weights")
     text = table.table_row(KEPT, [record_of({KEPT: row})])

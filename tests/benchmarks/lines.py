@@ -84,8 +84,12 @@ class Goal:
         return row.floor is not None and row.bound < self.ratio
 
     def is_beyond_alone(self, row):
-        """Whether the ratio cannot be reached with the kernels that were timed alone."""
-        return row.alone is not None and row.bound_of_alone < self.ratio
+        """Whether the goal cannot be reached with the kernels that were timed alone."""
+        if row.alone is None:
+            return False
+        if row.bound_of_alone < self.ratio:
+            return True
+        return self.share is not None and row.most_share < self.share
 
 
 def goal_of(title, is_t5):

@@ -79,6 +79,11 @@ class Row:
         return self.alone / self.ours
 
     @property
+    def most_share(self):
+        """What part of our time the floor would be if ours took just the time of those kernels."""
+        return self.floor / self.alone
+
+    @property
     def share(self):
         """What part of our time the floor is. For a step it is our FLOP/s as a part of the roof."""
         return self.floor / self.ours

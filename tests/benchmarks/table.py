@@ -277,12 +277,14 @@ def alone_texts(rows, goal):
     rows = [row for row in rows if row.alone_of == last.alone_of]  # older runs may have others
     alone = f"{with_unit(middle(rows, 'alone'), 's')} {last.alone_of}"
     is_beyond = goal.ratio is not None and all(goal.is_beyond_alone(row) for row in rows)
-    bound = bound_text(middle(rows, "bound_of_alone"), is_beyond)
+    share = None if goal.share is None else middle(rows, "most_share")
+    bound = bound_text(middle(rows, "bound_of_alone"), is_beyond, share)
     return [f"{alone} ({middle(rows, 'share_of_alone'):.0%})", bound]
 
 
-def bound_text(bound, is_beyond):
-    return f"{bound:.2f}, below the goal" if is_beyond else f"{bound:.2f}"
+def bound_text(bound, is_beyond, share=None):
+    text = f"{bound:.2f}" if share is None else f"{bound:.2f} at {share:.0%}"
+    return f"{text}, below the goal" if is_beyond else text
 
 
 def ratio_text(title, record):
