@@ -26,7 +26,9 @@ from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.checkpoints.load import build_model
 from minia3.cli.main import main as minia3_main
 from minia3.cli.table import PAPER_TASKS
+from minia3.model import linear
 from minia3.model.blocks import RMSNorm
+from minia3.model.ia3 import IA3
 from minia3.tasks.known_tasks import known_tasks
 from minia3.training.flags import as_tuple
 from minia3.training.study_file import read_studies
@@ -44,7 +46,7 @@ from tests.benchmarks import (
     training,
 )
 from tests.benchmarks.__main__ import in_order, main
-from tests.benchmarks.inference import Ids, random_prompts, without_vectors
+from tests.benchmarks.inference import Ids, multiplications, random_prompts, without_vectors
 from tests.benchmarks.jobs import timed
 from tests.benchmarks.lines import COMPILES, GOALS, LINES, goal_of
 from tests.benchmarks.measure import MOST_ROUNDS, Bench, Roof, Row
@@ -139,6 +141,7 @@ def test_every_line_works_on_a_t5(tmp_path, capsys, monkeypatch):
     assert {row["alone_of"] for row in rows.values() if "alone" in row} == {
         measure.ALL_KERNELS,
         "building, folding and writing",
+        "the base, multiplications",
     }
     assert result["lines"] == [f"t5-base, {line}" for line in LINES]
     n_printed = capsys.readouterr().out.count("\n| t5-base, ")
@@ -248,6 +251,29 @@ def test_the_base_alone_is_the_base(model, tmp_path):
         assert not torch.equal(logits(base), logits(pair.ours()))
 
 
+def test_all_multiplications_by_vectors_of_a_call_are_made_alone(tmp_path):
+    model = Pair("t5-base", tmp_path, True, torch.float32).ours(n_adapters=2)
+    adapter = torch.tensor([1, 0])
+
+    @torch.no_grad()
+    def read():
+        state = model.start(torch.tensor([[3, 4, 5], [6, 7, 8]]), None, adapter)
+        return model.step(state.start, state)
+
+    multiply = multiplications(model, read)
+    seen = []
+    for module in model.modules():
+        if isinstance(module, IA3):
+            module.register_forward_pre_hook(lambda module, args: seen.append((module, *args)))
+    multiply()
+    alone = [(module, x.shape, adapter_B.tolist()) for module, x, adapter_B in seen]
+    assert not any(x.any() for _, x, _ in seen)
+    seen.clear()
+    read()
+    assert alone == [(module, x.shape, adapter_B.tolist()) for module, x, adapter_B in seen]
+    assert len(alone) == len(minia3.vectors(model))
+
+
 def test_lines_that_compile_come_after_all_others_of_all_models():
     order = in_order(["a", "b"], ["steps", "flags", "generation"])
     assert order[:3] == [("a", "steps"), ("a", "generation"), ("b", "steps")]
@@ -320,6 +346,26 @@ def test_the_floor_of_products_is_the_longer_of_reading_and_computing():
     )
     # 140 bytes are read in 14 s. 70 and 630 operations take 7 and 63 s.
     assert products.least_seconds(bytes_per_second=10, flops_per_second=10) == 14 + 63
+
+
+def test_products_with_the_weight_first_are_recorded_as_others_are(monkeypatch):
+    monkeypatch.setattr(linear, "HAS_TILES", True)
+    weight = torch.ones(7, 5, dtype=torch.bfloat16)
+
+    def products():
+        for shape in ((1, 1, 5), (3, 1, 5), (linear.MOST_ROWS + 1, 1, 5)):
+            linear.linear(torch.ones(shape, dtype=torch.bfloat16), weight)
+
+    with torch.no_grad():
+        kernels = measure.record_kernels(products)
+        shapes = [(len(x), tuple(w.shape)) for x, w in kernels.products]
+        assert shapes == [(1, (5, 7)), (3, (5, 7)), (linear.MOST_ROWS + 1, (5, 7))]
+        found = []
+        monkeypatch.setattr(
+            measure, "LINEAR_WITH_WEIGHT_FIRST", lambda x, w: found.append((len(x), w.shape))
+        )
+        kernels()
+        assert found == [(1, weight.shape), (3, weight.shape)]
 
 
 def test_flops_and_products_are_those_of_the_matrix_products():

@@ -23,6 +23,7 @@ from minia3.checkpoints.load import WithoutInitialization, build_model
 from minia3.checkpoints.tensor_names import name_table
 from minia3.files.read import read_json, reading
 from minia3.files.tensors import FLOATS, read_tensors
+from minia3.model.linear import Linear
 from minia3.model.quantized import quantized_linears
 from minia3.model.shard import is_sharded
 
@@ -30,7 +31,7 @@ from minia3.model.shard import is_sharded
 PLAIN = {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}
 
 
-class LoRA(nn.Linear):
+class LoRA(Linear):
     """A linear with A and B beside its weight. It takes the place of a plain linear in a block.
 
     Weight and bias are the linear's: the same parameters, under the same names. A and B are float32
@@ -38,7 +39,7 @@ class LoRA(nn.Linear):
     """
 
     def __init__(self, linear, a, b, alpha):
-        # On the meta device, because the weight that nn.Linear makes is replaced at once.
+        # On the meta device, because the weight that a linear makes is replaced at once.
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = linear.weight
         self.bias = linear.bias
@@ -100,7 +101,7 @@ def block_linears(model):
     """Return a dict from the name of each plain linear in the blocks to the linear."""
     linears = {}
     for name, module in model.named_modules():
-        if "blocks" in name and type(module) is nn.Linear:
+        if "blocks" in name and type(module) is Linear:
             linears[name] = module
     return linears
 

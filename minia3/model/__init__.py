@@ -5,8 +5,8 @@ its three places), `attend` (attention itself), `sequence_state` (the masks, cac
 a running sequence), `t5` and `llama` (how blocks become a model). The other files can wait: without
 padding, `packing` returns what it is given, and recompute(f, x) returns f(x).
 
-    save memory or time                packing, recompute, target_logprobs, single_row,
-                                       static_state, to_device
+    save memory or time                linear, packing, recompute, target_logprobs, single_row,
+                                       static_state, to_device, processor
     keep a base in less memory         quantized, shard
     choose and add vectors             more_vectors, site_names
     find out whose adapter a row has   adapter_rows

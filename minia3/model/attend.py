@@ -2,8 +2,8 @@
 
 PyTorch computes it (`F.scaled_dot_product_attention`), except in two cases on a CPU. A padded batch
 of long rows is computed row by row, without its padding. If each row has a single query, as in
-decoding, plain products are used in 16-bit dtypes, and in float32 for many rows, because PyTorch's
-kernel is slow there.
+decoding, plain products are used in 16-bit dtypes (but not in bfloat16 on a processor with tiles
+for it), and in float32 for many rows, because PyTorch's kernel is slow there.
 
 Shapes: B batch, L query length, M memory length, H query heads, G key/value heads, N query heads
 per key/value head (H / G), Q queries of N heads (N * L), K head width, T real tokens of a batch.
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minia3.model.single_row import TORCH
+from minia3.model.processor import HAS_TILES, TORCH
 
 LEAST_ROWS = 16  # with this many rows or more, plain products are faster in float32
 
@@ -85,7 +85,9 @@ def is_decoding_on_cpu(q_BHLK, dropout):
     """
     is_plain = not (dropout or torch.is_grad_enabled() or torch.compiler.is_compiling())
     n_rows, _, n_queries, _ = q_BHLK.shape
-    is_slow = q_BHLK.dtype.itemsize == 2
+    is_slow = q_BHLK.dtype == torch.float16
+    if q_BHLK.dtype == torch.bfloat16:
+        is_slow = not HAS_TILES  # with tiles, PyTorch takes a quarter to a half of our time
     if q_BHLK.dtype == torch.float32:
         is_slow = n_rows >= LEAST_ROWS
     return is_plain and is_slow and n_queries == 1 and q_BHLK.device.type == "cpu"
@@ -94,8 +96,8 @@ def is_decoding_on_cpu(q_BHLK, dropout):
 def attend_with_one_query(q_BH1K, k_BGMK, v_BGMK, bias, scale):
     """Return what `attend` returns for one query per row.
 
-    In bfloat16 this takes a half to a ninth of the time of PyTorch's kernel, and in float32, with
-    many rows, mostly two thirds to nine tenths.
+    In bfloat16, without tiles, this takes a half to a ninth of the time of PyTorch's kernel, and in
+    float32, with many rows, mostly two thirds to nine tenths.
 
     The N query heads that share a key/value head become N queries of that head, so a single matrix
     product serves them all. `bias` may differ between query heads only if N = 1 (T5). A mask is the

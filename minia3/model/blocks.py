@@ -16,6 +16,7 @@ from torch import nn
 
 from minia3.model.attend import attend
 from minia3.model.ia3 import IA3
+from minia3.model.linear import Linear
 from minia3.model.recompute import recompute, rms_norm
 
 ACTIVATIONS = {
@@ -66,10 +67,10 @@ class Attention(nn.Module):
 
     def __init__(self, d_model, n_heads, n_kv_heads, d_head, scale, dropout, n_adapters):
         super().__init__()
-        self.q = nn.Linear(d_model, n_heads * d_head, bias=False)
-        self.k = nn.Linear(d_model, n_kv_heads * d_head, bias=False)
-        self.v = nn.Linear(d_model, n_kv_heads * d_head, bias=False)
-        self.o = nn.Linear(n_heads * d_head, d_model, bias=False)
+        self.q = Linear(d_model, n_heads * d_head, bias=False)
+        self.k = Linear(d_model, n_kv_heads * d_head, bias=False)
+        self.v = Linear(d_model, n_kv_heads * d_head, bias=False)
+        self.o = Linear(n_heads * d_head, d_model, bias=False)
         self.l_k = IA3(n_kv_heads * d_head, n_adapters, keeps_result=True)
         self.l_v = IA3(n_kv_heads * d_head, n_adapters, keeps_result=True)
         self.l_q = Unscaled()
@@ -121,12 +122,12 @@ class FeedForward(nn.Module):
 
     def __init__(self, d_model, d_ff, activation, gated, dropout, n_adapters):
         super().__init__()
-        self.gate = nn.Linear(d_model, d_ff, bias=False)
+        self.gate = Linear(d_model, d_ff, bias=False)
         self.up = None
-        self.down = nn.Linear(d_ff, d_model, bias=False)
+        self.down = Linear(d_ff, d_model, bias=False)
         self.l_ff = IA3(d_ff, n_adapters)
         if gated:
-            self.up = nn.Linear(d_model, d_ff, bias=False)
+            self.up = Linear(d_model, d_ff, bias=False)
             self.l_gate = Unscaled()
             self.l_up = Unscaled()
         else:
@@ -185,8 +186,7 @@ class Block(nn.Module):
         x_BLD = x_BLD + self.dropout(self.attn(h_BLD, kv, context))
 
         if self.cross is not None:
-            # Rows that share a source ask together: their queries become one row, because then the
-            # source's keys and values need not be copied.
+            # Rows that share a source query it as one row, so its keys and values are not copied.
             n_sources = len(context.cross.source_lengths or cache.cross_kv[0])
             h = self.cross_norm(x_BLD).unflatten(0, (n_sources, -1)).flatten(1, 2)
             h = self.cross(h, cache.cross_kv, context.cross)

@@ -14,10 +14,10 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from minia3.model.blocks import Attention, Block, FeedForward, RMSNorm
+from minia3.model.linear import Linear, linear
 from minia3.model.packing import NO_PACKING, Packing
 from minia3.model.sequence_state import (
     Cache,
@@ -82,9 +82,9 @@ def make_block(config, n_adapters):
     scale = c.d_head**-0.5
     attn = Attention(c.d_model, c.n_heads, c.n_kv_heads, c.d_head, scale, c.dropout, n_adapters)
     if c.qkv_bias:
-        attn.q = nn.Linear(c.d_model, c.n_heads * c.d_head)
-        attn.k = nn.Linear(c.d_model, c.n_kv_heads * c.d_head)
-        attn.v = nn.Linear(c.d_model, c.n_kv_heads * c.d_head)
+        attn.q = Linear(c.d_model, c.n_heads * c.d_head)
+        attn.k = Linear(c.d_model, c.n_kv_heads * c.d_head)
+        attn.v = Linear(c.d_model, c.n_kv_heads * c.d_head)
     if c.qk_norm:
         attn.q_norm = RMSNorm(c.d_head, c.eps)
         attn.k_norm = RMSNorm(c.d_head, c.eps)
@@ -108,7 +108,7 @@ class Llama(nn.Module):
         self.norm = RMSNorm(config.d_model, config.eps)
         self.head = None
         if config.own_head:
-            self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+            self.head = Linear(config.d_model, config.vocab_size, bias=False)
         self.make_frequency("cpu")
 
     def make_frequency(self, device):
@@ -247,7 +247,7 @@ class Llama(nn.Module):
 
     def logits(self, x):
         """Return the logits (..., V) of what the head reads (..., D)."""
-        return F.linear(x, self.head_weight)
+        return linear(x, self.head_weight)
 
     def check_lengths(self, n_source, n_targets):
         """Raise ValueError if texts of these lengths need too large a bias of attention.

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minia3.model.ia3 import keep_wide
+from minia3.model.linear import Linear
 
 INT8_MAX = 127
 NF4_BLOCK = 64  # entries that share a scale
@@ -77,7 +78,7 @@ class QuantizedLinear(nn.Module):
         """Return a plain linear with the weight (O, I) that the codes and scales stand for."""
         weight_OI = self.dequantize(self.codes, self.scales, dtype)
         n_outputs, n_inputs = weight_OI.shape
-        linear = nn.Linear(n_inputs, n_outputs, bias=False, device="meta")
+        linear = Linear(n_inputs, n_outputs, bias=False, device="meta")
         linear.weight = nn.Parameter(weight_OI, requires_grad=False)
         linear.bias = self.bias
         return linear
@@ -166,5 +167,5 @@ def dequantize(model, dtype):
 def is_quantizable(model, name):
     """Return whether the parameter `name` is the weight of a linear of a block. The head stays."""
     module_name, _, kind = name.rpartition(".")
-    is_linear = type(model.get_submodule(module_name)) is nn.Linear
+    is_linear = type(model.get_submodule(module_name)) is Linear
     return is_linear and "blocks." in module_name and kind == "weight"

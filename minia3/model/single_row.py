@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
+from minia3.model.processor import TORCH, has_tiles
 
 
 def has_fast_product():
@@ -24,7 +24,7 @@ def has_fast_product():
     """
     if TORCH < (2, 13) or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
-    return not torch.cpu.get_capabilities().get("amx_tile")
+    return not has_tiles()
 
 
 HAS_FAST_PRODUCT = has_fast_product()

@@ -17,11 +17,11 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from minia3.model.attend import aligned
 from minia3.model.blocks import Attention, Block, FeedForward, RMSNorm
+from minia3.model.linear import Linear, linear
 from minia3.model.packing import NO_PACKING, Packing
 from minia3.model.sequence_state import (
     Cache,
@@ -173,7 +173,7 @@ class T5(nn.Module):
         self.decoder = Stack(config, n_decoder_layers, is_decoder=True, n_adapters=n_adapters)
         self.head = None
         if config.own_head:
-            self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+            self.head = Linear(config.d_model, config.vocab_size, bias=False)
 
     def start(self, source, mask=None, adapter=None):
         """Encode the source, and return the State from which `step` writes the target.
@@ -246,7 +246,7 @@ class T5(nn.Module):
 
     def logits(self, x):
         """Return the logits (..., V) of what the head reads (..., D)."""
-        return F.linear(x, self.head_weight)
+        return linear(x, self.head_weight)
 
     def check_lengths(self, n_source, n_targets):
         """Raise ValueError if texts of these lengths need too large a bias of attention.

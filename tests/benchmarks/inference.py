@@ -136,7 +136,8 @@ def mixed(bench, pair):
     """Compare a batch of 32 prompts for several adapters with the base alone, and with LoRA.
 
     Reading the prompts and one token is timed. In PEFT, LoRA can mix adapters and (IA)^3 cannot.
-    Beside LoRA, the floor is the base alone.
+    Beside LoRA, the floor is the base alone. Beside the base, what runs alone is the base and then
+    all multiplications by vectors.
     """
     n = 32
     ours = pair.ours(n_adapters=n)
@@ -154,7 +155,15 @@ def mixed(bench, pair):
     def row(n_different):
         adapter = torch.arange(n) % n_different
         pair.check_same(read(ours, adapter), read(ours))  # every row is the same adapter
-        return bench.time(lambda: read(ours, adapter), read_base)
+        multiply = multiplications(ours, lambda: read(ours, adapter))
+
+        def read_base_and_multiply():
+            read_base()
+            multiply()
+
+        timed = bench.time(lambda: read(ours, adapter), read_base, alone=read_base_and_multiply)
+        timed.alone_of = "the base, multiplications"
+        return timed
 
     for n_different in (1, 8, 32):
         title = f"mixed batch of {n}, {n_different} adapters, against the base alone (ours)"
@@ -179,6 +188,33 @@ def mixed(bench, pair):
     row_against_lora = bench.time(read_ours, read_with_lora, floor=read_base)
     row_against_lora.floor_of = "the base alone"
     yield f"mixed batch of {n}, {n} adapters, against LoRA with adapter_names", row_against_lora
+
+
+def multiplications(model, run):
+    """Return a function that makes all multiplications by vectors that `run()` makes.
+
+    It multiplies zeros, because other numbers would become denormal, which takes longer.
+    """
+    zeros = {}  # by shape, because all of them at once would take too much memory
+    calls = []
+
+    def note(module, args):
+        x_BLD, adapter_B = args
+        x_BLD = zeros.setdefault(x_BLD.shape, torch.zeros_like(x_BLD))
+        calls.append((module, x_BLD, adapter_B))
+
+    modules = [module for module in model.modules() if isinstance(module, IA3)]
+    hooks = [module.register_forward_pre_hook(note) for module in modules]
+    run()
+    for hook in hooks:
+        hook.remove()
+
+    @torch.no_grad()
+    def multiply():
+        for module, x_BLD, adapter_B in calls:
+            module(x_BLD, adapter_B)
+
+    return multiply
 
 
 class NoVector(Unscaled):

@@ -27,7 +27,7 @@ import minia3
 import train
 from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.inference.scoring import score_examples
-from minia3.model import attend, packing, recompute
+from minia3.model import attend, linear, packing, recompute
 from minia3.model.t5 import T5Config
 from tests.benchmarks.inference import (
     Ids,
@@ -81,6 +81,7 @@ class CountLaunches(PatchedMode):
             (norm, "backward", staticmethod(self.as_one(norm.backward))),
             (packing, "lies_end_to_end", lambda *args: False),
             (attend, "is_decoding_on_cpu", lambda *args: False),
+            (linear, "HAS_TILES", False),
         )
 
     def as_one(self, function):

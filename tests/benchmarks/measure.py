@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from minia3.model import recompute
+from minia3.model import linear, recompute
 from minia3.model.single_row import fast_products
 from minia3.training.device import device_module
 from tests.benchmarks.machine import n_others_busy
@@ -332,13 +332,15 @@ class Kernels(PatchedMode):
     def __init__(self, are_all=False):
         super().__init__()
         self.are_all = are_all
+        self.is_with_weight_first = False  # within a product that has its own record
         self.inputs = {}  # function and shapes: arguments
         self.calls = []  # (function, arguments, arguments by name)
 
     def replaced_functions(self):
-        """Return the functions of norms, each of which is recorded: (owner, name, function)."""
+        """Return functions that are recorded as a whole: (owner, name, function)."""
+        weight_first = (linear, "linear_with_weight_first", self.multiply_with_weight_first)
         if not self.are_all:
-            return ()
+            return (weight_first,)
         norm = recompute._RMSNorm
         plain, forward, backward = F.rms_norm, norm.forward, norm.backward
 
@@ -355,20 +357,33 @@ class Kernels(PatchedMode):
             return backward(context, grad)
 
         return (
+            weight_first,
             (F, "rms_norm", recorded_plain),
             (norm, "forward", staticmethod(recorded_forward)),
             (norm, "backward", staticmethod(recorded_backward)),
         )
 
+    def multiply_with_weight_first(self, x, weight):
+        self.record_product(multiply_with_weight_first, x.flatten(0, -2), weight.T)
+        self.is_with_weight_first = True
+        out = multiply_with_weight_first(x, weight.T)
+        self.is_with_weight_first = False
+        return out
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self.is_with_weight_first:
+            return func(*args, **kwargs)
         if func is aten.mm.default:
-            x, weight = args
-            (x,), _ = self.first_of_shape(func, (x,), {})
-            self.calls.append((func, (x, weight.detach()), {}))
+            self.record_product(func, *args)
         elif self.are_all and func.name().startswith(ATTENTION):
             self.record(func, args, kwargs)
         return func(*args, **kwargs)
+
+    def record_product(self, func, x, weight):
+        """Note a product of an input (rows, I) and a weight (I, O)."""
+        (x,), _ = self.first_of_shape(func, (x,), {})
+        self.calls.append((func, (x, weight.detach()), {}))
 
     def record(self, func, args, kwargs=None):
         """Note a call whose inputs may be those of an earlier call with the same shapes."""
@@ -383,7 +398,7 @@ class Kernels(PatchedMode):
     @property
     def products(self):
         """The (input, weight) of each matrix product."""
-        return [args for func, args, _ in self.calls if func is aten.mm.default]
+        return [args for func, args, _ in self.calls if func in PRODUCTS]
 
     @torch.no_grad()
     def __call__(self):
@@ -406,6 +421,15 @@ class Kernels(PatchedMode):
             computing = 2 * len(x) * weight.numel() / flops_per_second
             n_seconds += max(reading, computing)
         return n_seconds
+
+
+def multiply_with_weight_first(x, weight):
+    """Return x @ weight, computed as `Linear` does on a processor with tiles (model/linear.py)."""
+    return LINEAR_WITH_WEIGHT_FIRST(x, weight.T)
+
+
+LINEAR_WITH_WEIGHT_FIRST = linear.linear_with_weight_first  # `Kernels` replaces it for a while
+PRODUCTS = (aten.mm.default, multiply_with_weight_first)
 
 
 def norm_forward(x, weight_D, eps):

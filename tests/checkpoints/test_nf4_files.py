@@ -13,6 +13,7 @@ from torch import nn
 import minia3
 from minia3.adapters.lora import add_lora
 from minia3.cli.main import main
+from minia3.model.linear import Linear
 from minia3.model.more_vectors import add_vectors, possible_vectors
 from minia3.model.quantized import NF4Linear, dequantize, quantized_linears
 
@@ -110,7 +111,7 @@ def test_it_may_be_loaded_in_int8(tmp_path):
 def test_vectors_fold_into_linears_that_stay_plain(tmp_path, plain):
     write_quantized("llama-gqa", tmp_path, double_quant=False, plain=plain)
     model = minia3.load_model(tmp_path)
-    n_linears = sum(type(module) is nn.Linear for module in model.modules())
+    n_linears = sum(type(module) is Linear for module in model.modules())
     assert n_linears > int(model.head is not None)
     add_vectors(model, possible_vectors(model))
     randomize(model, seed=1)

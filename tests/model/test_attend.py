@@ -35,6 +35,12 @@ def attend_with(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, **options):
     return attend(q_BHLK, k_BGMK, v_BGMK, context, **options)
 
 
+@pytest.fixture(autouse=True)
+def without_tiles(monkeypatch):
+    """Let these tests run as on a processor without tiles, whatever this one has."""
+    monkeypatch.setattr(attend_module, "HAS_TILES", False)
+
+
 @pytest.fixture
 def pytorch_is_forbidden(monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", None)
@@ -80,6 +86,18 @@ def test_one_query_is_as_close_to_float64_as_with_pytorch(
     assert ours.dtype == dtype
     assert ours.shape == inputs[0].shape
     assert (ours - exact).norm() < 2 * (theirs - exact).norm()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(torch.bfloat16, False), (torch.float16, True), (torch.float32, True)],
+)
+def test_with_tiles_one_query_of_bfloat16_is_left_to_pytorch(dtype, expected, monkeypatch):
+    q_BHLK = torch.zeros(LEAST_ROWS, 4, 1, 16, dtype=dtype)
+    with torch.no_grad():
+        assert attend_module.is_decoding_on_cpu(q_BHLK, dropout=0.0)
+        monkeypatch.setattr(attend_module, "HAS_TILES", True)
+        assert attend_module.is_decoding_on_cpu(q_BHLK, dropout=0.0) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -14,6 +14,7 @@ from torch import nn
 import minia3
 from minia3.inference.scoring import logprobs
 from minia3.model.blocks import Block
+from minia3.model.linear import Linear
 from minia3.model.quantized import (
     NF4_BLOCK,
     QUANTIZED,
@@ -177,7 +178,7 @@ def test_a_quantized_model_is_the_plain_model_with_the_weights_that_its_codes_me
     plain = copy.deepcopy(quantized)
     dequantize(plain, torch.float64)
     assert not quantized_linears(plain)
-    n_linears = sum(type(module) is nn.Linear for module in plain.modules())
+    n_linears = sum(type(module) is Linear for module in plain.modules())
     n_heads = int(plain.head is not None)
     assert len(quantized_linears(quantized)) == n_linears - n_heads > 10
 

@@ -87,7 +87,7 @@ def test_which_processors_have_a_fast_product(
 ):
     monkeypatch.setattr(single_row, "TORCH", version)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
-    found = {"amx_tile": has_tiles}
+    found = {"amx_bf16": has_tiles}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
     assert single_row.has_fast_product() == expected
 

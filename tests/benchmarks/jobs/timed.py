@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from minia3.model import attend, recompute
 from tests.benchmarks.patched_mode import PatchedMode
 
-KERNELS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::_scaled_dot_product")
+PRODUCTS = ("aten::mm", "aten::mv", "aten::bmm", "aten::addmm", "aten::baddbmm")
+KERNELS = (*PRODUCTS, "aten::_scaled_dot_product")
 
 
 class KernelSeconds(PatchedMode):

@@ -1,0 +1,20 @@
+"""What this PyTorch and the processor can do, for code that chooses the faster of two ways."""
+
+import torch
+
+MAJOR, MINOR, *_ = torch.__version__.split(".")
+TORCH = (int(MAJOR), int(MINOR))
+
+
+def has_tiles():
+    """Return whether the CPU multiplies tiles of bfloat16 (AMX), and this PyTorch uses them.
+
+    The ways to go were compared with PyTorch 2.13. Older releases may not know the answer.
+    """
+    if TORCH < (2, 13):
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return capabilities.get("amx_bf16", False)
+
+
+HAS_TILES = has_tiles()
