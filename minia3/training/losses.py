@@ -1,13 +1,14 @@
-"""T-Few's three losses (Liu et al. 2022, arXiv 2205.05638, section 3.3), added with equal weights.
+"""T-Few's three losses (Liu et al. 2022, arXiv 2205.05638, section 3.2), added with equal weights.
 
-    likelihood         L_LM = - mean over tokens t of the correct choice of log p(y_t | x, y_<t)
-    unlikelihood       L_UL = - mean over tokens t of the wrong choices of log(1 - p(y_t | x, y_<t))
-    length-normalized  L_LN = - mean over rows of log softmax(s) at the correct choice, where s_c is
-                                the mean over tokens t of choice c of log p(y_t | x, y_<t)
+    lm    L_LM = - mean over tokens t of the correct choice of log p(y_t | x, y_<t)
+    ul    L_UL = - mean over tokens t of the wrong choices of log(1 - p(y_t | x, y_<t))     (eq. 1)
+    ln    L_LN = - mean over rows of log softmax(s) at the correct choice, where s_c is     (eq. 2)
+                   the mean over tokens t of choice c of log p(y_t | x, y_<t)
 
-A mean is over the whole batch of an adapter, as in T-Few's code, so long answers weigh more. The
-loss functions return one sum per example, because the examples of a batch may belong to several
-adapters, and `total_loss` and `losses_of_examples` divide by the number of terms.
+lm is the likelihood, ul the unlikelihood, ln the length-normalized likelihood. A mean is over the
+whole batch of an adapter, as in T-Few's code, so long answers weigh more. The loss functions return
+one sum per example, because the examples of a batch may belong to several adapters, and
+`total_loss` and `losses_of_examples` divide by the number of terms.
 
 Shapes: B rows, C choices, L tokens of a choice. Padding, and choices that a row does not have, are
 False in the mask.
