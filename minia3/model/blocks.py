@@ -125,7 +125,7 @@ class FeedForward(nn.Module):
         self.gate = Linear(d_model, d_ff, bias=False)
         self.up = None
         self.down = Linear(d_ff, d_model, bias=False)
-        self.l_ff = IA3(d_ff, n_adapters)
+        self.l_ff = IA3(d_ff, n_adapters)  # T-Few's code has none in T5 v1.0
         if gated:
             self.up = Linear(d_model, d_ff, bias=False)
             self.l_gate = Unscaled()

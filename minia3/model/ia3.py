@@ -4,8 +4,10 @@
     ( l_ff * act(x W_1) ) W_2                            feed-forward
 
 Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context
-Learning", arXiv 2205.05638, section 3.3. Every vector starts at one, so a model starts as a
-bit-exact copy of the pre-trained model.
+Learning", arXiv 2205.05638, section 3.3. T5 leaves out the sqrt(d).
+
+Every vector starts at one, so a model starts as a bit-exact copy of the pre-trained model. (T-Few
+first pre-trains the vectors on T0's mixture, section 3.4. `--adapter` starts from such vectors.)
 
 One model holds many adapters: row `a` of every vector belongs to adapter `a`.
 

@@ -4,6 +4,9 @@ A prompt is a format string, such as "{premise}\\nQuestion: {hypothesis} True or
 with a choice for each label. `render` fills in the row's fields. `fit` does the same within a limit
 of tokens: it takes words out of the middle of the row's longest field, and leaves the words of the
 prompt alone.
+
+The prompts of known tasks (tasks.json) are ours, except for the forms on which T5 v1.0 was
+pre-trained. T-Few's prompts are those of P3.
 """
 
 import re

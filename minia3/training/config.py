@@ -231,7 +231,7 @@ class Config:
     )
 
     # Evaluation and checkpoints
-    max_length: int = flag(
+    max_length: int = flag(  # T-Few's code has 256
         512, "maximum tokens of an input; a longer input loses words from its middle", at_least=1
     )
     max_target_length: int = flag(
