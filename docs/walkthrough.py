@@ -64,9 +64,10 @@ def gap(a, b):
 # %% [markdown]
 # ## 1. Attention on four tokens
 #
-# A transformer turns a text into *tokens*, and each token into a vector. Take four tokens from
-# two little facts, "green ball" and "white key". A real model learns its vectors. Ours have four
-# entries that we can read: is it a colour, is it a thing, is it in fact 1, is it in fact 2.
+# A transformer turns a text into *tokens*, and each token into a vector, its *embedding*. Take four
+# tokens from two little facts, "green ball" and "white key". A real model learns a table with the
+# embedding of each token of its vocabulary. Ours have four entries that we can read: is it a
+# colour, is it a thing, is it in fact 1, is it in fact 2.
 #
 # *Attention* lets tokens read each other. Each token makes three vectors, by three matrices: a
 # **query** (what am I looking for?), a **key** (what can I be found by?) and a **value** (what do
@@ -249,7 +250,8 @@ assert abs(score - other_score) > 1e-2
 # %% [markdown]
 # A *block* is attention followed by a *feed-forward*, a small network that treats each token
 # alone. Both add to a running sum, and both read it through a *norm*, which divides a vector by
-# its root mean square, so that its entries are about 1:
+# its root mean square, so that its entries are about 1, and multiplies each entry by a learned
+# weight, which starts at 1:
 #
 # $$x \leftarrow x + \mathrm{attention}(\mathrm{norm}(x)), \qquad
 #   x \leftarrow x + \mathrm{feedforward}(\mathrm{norm}(x)).$$
@@ -260,6 +262,9 @@ assert abs(score - other_score) > 1e-2
 # | feed-forward | $W_{down}\,\sigma(W_{gate}x)$ | $W_{down}\,(\sigma(W_{gate}x) * W_{up}x)$ |
 # | $\sigma$ | ReLU: $\max(0, x)$ | SiLU: $x / (1 + e^{-x})$ |
 # | key/value heads | one per query head | one per query head, or one for several |
+#
+# In LLaMA, $W_{gate}$ decides how much of each entry of $W_{up}x$ passes. In this T5 it gates
+# nothing, but has the same name. Later versions of T5 are gated, too.
 #
 # **Predict.** Without vectors and norms, T5's block has four square matrices and two of the
 # feed-forward: $4 D^2 + 2 D F$. With D = 64 and F = 192 that is 16,384 + 24,576 = 40,960. If
@@ -297,7 +302,8 @@ assert n_llama == 49_152
 # A model that *writes* must not read ahead, so a decoder hides later tokens from earlier ones
 # (a *causal* mask). **Predict:** if we change the last of five tokens, the outputs of the first
 # four do not change at all, and the fifth does. The equation of the block, written out, gives
-# what the block returns.
+# what the block returns. (`Cache()` is where a block keeps keys and values for tokens to come. It
+# starts empty.)
 
 # %%
 causal = Context(adapter_B=torch.tensor([0]), is_causal=True)  # and no rotation
@@ -329,6 +335,9 @@ assert gap(out_BLD, written_out_BLD) < 1e-5
 #
 # $$\mathrm{softmax}\big(Q\,(l_k * K)^T\big)\,(l_v * V), \qquad
 #   W_{down}\,(l_{ff} * \sigma(W_{gate}x)).$$
+#
+# (In the paper, the scores are also divided by the square root of the width of a head. T5 leaves
+# this out.)
 #
 # ![A T5 block and a LLaMA block with the three vectors in their places](pictures/blocks.svg)
 #
@@ -376,7 +385,8 @@ assert gap(scaled_LD, l_v * out_LD) < 1e-6
 # exact copy of the pre-trained model. We check it on the embedded model, a T5 of 218,112
 # parameters: with its vectors of ones, and with all vectors taken out, it gives the same bits.
 # (`source` is any text. `start` reads it, and `step` returns the *logits*, a score for each of the
-# 320 tokens of the vocabulary to come next. We keep `base`, the model without vectors, for later.)
+# 320 tokens of the vocabulary to come next. One last matrix, the *head* of the model, makes them
+# from the output of the last block. We keep `base`, the model without vectors, for later.)
 
 # %%
 from minia3.model.ia3 import IA3
@@ -636,8 +646,9 @@ plt.show()
 # stayed near 1: the vectors *choose among* entries; they do not turn up the volume of everything.
 #
 # **Predict.** How far can a vector have moved? A step at rate $r$ moves it by at most $r$ times its
-# RMS, which is about 1. The rates add up to $0.01 \cdot 301 / 2 \approx 1.5$. So no RMS change can
-# exceed about 1.5; and as gradients of different batches partly cancel, it will be far less.
+# RMS. As long as the RMS stays about 1, all steps together move it by at most
+# $0.01 \cdot 301 / 2 \approx 1.5$. Gradients of different batches partly cancel, so it will be far
+# less.
 
 # %%
 figure, ax = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
@@ -929,8 +940,9 @@ assert slow_accuracy < trained - 0.05
 assert lora_accuracy > 0.95
 
 # %% [markdown]
-# As predicted: at the paper's rate the vectors are still moving, and LoRA arrived long ago.
-# This is a matter of the rate, not a limit of the method on this task.
+# As predicted, the slow run ends about where the first run was at step 49. LoRA has learned the
+# task in the same 300 steps. For (IA)^3 this is a matter of the rate, not a limit of the method on
+# this task.
 
 # %%
 figure, ax = plt.subplots(figsize=(6.5, 3))
@@ -954,12 +966,13 @@ plt.show()
 #   it serves many tasks in one batch.
 # - It rescales what the matrices compute, and adds no direction to any of them. Here this was
 #   enough, because the base knew how to compare colours.
-# - Choose the learning rate first. On small models the paper's 0.003 is too slow. The longer
-#   [studies](studies.md) of the embedded model say the same of a harder task: "same colour or
-#   same place, but not both" stays at 50% at 0.003 and reaches 97% at 0.03. LoRA's median over
-#   five seeds is 91%.
+# - Choose the learning rate first. At the paper's 0.003, 300 steps were too few here. The 1,000 of
+#   `python train.py` are enough for this task, but not for a harder one, as the
+#   [studies](studies.md) of the embedded model show: "same colour or same place, but not both"
+#   stays at 50% at 0.003 and reaches 97% at 0.03. LoRA's median over five seeds is 91%.
 # - All of this is one tiny model and one language of 56 words. It shows how the method works. It
 #   does not show how well the method works on your task.
 #
 # Read on in `minia3/model/ia3.py` and `minia3/model/blocks.py`, which you can now read from top
-# to bottom. To train on real models: `python train.py --model t5-base --task rte`.
+# to bottom. The [README](../README.md#where-things-are) says what comes after them. To train on
+# real models: `python train.py --model t5-base --task rte`.
