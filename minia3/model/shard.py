@@ -1,7 +1,8 @@
 """Divide a frozen base among processes: each process holds some rows of every weight (FSDP2).
 
 Before a block runs, its weights are gathered from all processes, and afterwards they are dropped
-again. So a process holds its rows, and one whole block. Zhao et al. 2023, arXiv 2304.11277.
+again. So a process holds its rows, and up to two whole blocks: the one that runs, and the next one
+while it is gathered (docs/scale.md). Zhao et al. 2023, arXiv 2304.11277.
 
     a block                     is gathered when it runs, forward or backward
     cross-attention's k and v   are gathered together, when the keys and values of the encoder's
