@@ -3,7 +3,7 @@
 Autograd keeps every tensor that a backward pass reads. Four places keep fewer tensors, each with
 one call that replaces the plain line: gated feed-forwards (`recompute`), norms (`rms_norm`), scaled
 keys and values (`scale_keeping_result`) and, if the user asks for it with --recompute, whole blocks
-(`recompute_blocks`).
+(`recompute_blocks`). A fifth has a file of its own: the logits (target_logprobs.py).
 
 Shapes: B batch, L length, D width of the model, or of what is scaled.
 """
@@ -26,7 +26,7 @@ def recompute(function, *inputs, parameters=()):
     the plain call.
 
     torch.utils.checkpoint does the same, but when it first runs, it imports torch's compiler, which
-    takes 2 s and 100 MB.
+    takes about a second and 75 MB.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(*inputs)
@@ -63,7 +63,8 @@ def rms_norm(x, weight_D, eps):
     x: (..., D), such as tokens (B, L, D), or the heads of queries (B, H, L, K).
 
     PyTorch's rms_norm also keeps a float32 copy of a bfloat16 x, if it is not fused. It computes in
-    float32 or wider, and so does this function.
+    float32 or wider, and so does this function. (transformers rounds to bfloat16 before it
+    multiplies by the weight, so in bfloat16 the last bits differ.)
     """
     # PyTorch 2.5 compiles its rms_norm again for each length of the texts.
     is_plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling())

@@ -4,7 +4,7 @@
     Cache     one block's keys and values
     Context   what all blocks of one call share: masks, positions, adapters
 
-Training, scoring and decoding use them alike, so no code asks whether there is a cache.
+Training, scoring and decoding use them alike, so no block asks whether there is a cache.
 
 Several rows may continue one source: the choices of a question, samples, beams. T5's rows share the
 encoder's keys and values, which never change. LLaMA's rows share the prompt's keys and values, and

@@ -1,8 +1,8 @@
-"""Log-probabilities of target tokens, from what the head reads, without keeping a logit.
+"""Log-probabilities of target tokens, from what the head reads.
 
 A vocabulary has 32,000 to 256,000 tokens, so the logits of long targets would be the largest tensor
-of a step. So they are computed for some tokens at a time, and training keeps none of them for the
-backward pass:
+of a step. So they are computed for some tokens at a time. If the head is frozen, training keeps no
+logit for the backward pass:
 
     z = W x                                  the logits of one token, from the head's weight W
     log p(t) = z_t - log sum_v exp(z_v)      the log-probability of the target t
