@@ -12,5 +12,10 @@ padding, `packing` returns what it is given, and recompute(f, x) returns f(x).
     find out whose adapter a row has   adapter_rows
     count what a model costs           costs
 
+A tensor's name ends in its shape: x_BLD has axes of the sizes B, L and D, and a 1 is an axis of
+size one (cos_B1LK). The top of each file explains its letters. A letter may also be 1 if one value
+serves all: adapter_B is (1,) if the whole batch uses one adapter. The *head* of a model makes
+logits; the *heads* (H, G) are those of attention.
+
 This folder imports nothing else of minia3.
 """
