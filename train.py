@@ -7,8 +7,8 @@
     python train.py --resume runs/t5-base-rte-ia3-0             continue a run that was stopped
 
 The loop is `train`, and the functions after it prepare and call it. The loop runs the model through
-`choice_logprobs` (minia3/inference/scoring.py). The model is in minia3/model/t5.py or llama.py, and
-the method is in minia3/model/ia3.py.
+`choice_logprobs` (minia3/inference/scoring.py). The model is in minia3/model/, and the README says
+in which order to read all of this.
 
 Shapes: B examples, C choices, L tokens of a choice, A adapters, one per cell.
 """
@@ -56,7 +56,7 @@ def train(run, group, config):
     Each cell has its own data order, loss, clipping, optimizer state and early stop, as if it
     trained alone. The cells share only the forward pass and the draws of dropout. A signal stops
     the run at once, except within `run.uninterrupted()`. Outside these blocks the state of the
-    group can always be saved.
+    group can always be saved. `log` counts the steps (`end_step`), and says what is due after each.
     """
     model = group.model
     log = group.log

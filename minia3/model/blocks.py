@@ -59,10 +59,10 @@ def rotate(x_BHLK, rotation):
 
 
 class Attention(nn.Module):
-    """Attention with n_heads query heads. Several of them may share a key/value head.
+    """softmax(scale q (l_k * k)^T + bias) (l_v * v), for n_heads query heads.
 
-    Vaswani et al. 2017, arXiv 1706.03762; shared (grouped) heads: Ainslie et al. 2023, 2305.13245.
-    scale: the factor of the scores. LLaMA's is d_head ** -0.5; T5's is 1.
+    Several of them may share a key/value head (Ainslie et al. 2023, arXiv 2305.13245). Without l_k
+    and l_v: Vaswani et al. 2017, arXiv 1706.03762. scale: d_head ** -0.5 in LLaMA, 1 in T5.
     """
 
     def __init__(self, d_model, n_heads, n_kv_heads, d_head, scale, dropout, n_adapters):
@@ -113,7 +113,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """act(x W_gate) W_down, or, if it is gated, (act(x W_gate) * x W_up) W_down.
+    """(l_ff * act(x W_gate)) W_down, or, if gated, (l_ff * act(x W_gate) * (x W_up)) W_down.
 
     Gated: Shazeer 2020, arXiv 2002.05202. (W_gate has this name even if it gates nothing.) l_ff
     scales the input of the down projection, the only place that is right for ReLU, GEGLU and SwiGLU
@@ -173,7 +173,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BLD, context, cache, kv_only=False):
-        """Return the block's output (B, L, D), and append its keys and values to `cache`.
+        """Append keys and values to `cache`. Return the output (B, L, D), or `cache.kv` if kv_only.
 
         kv_only: stop there, because nothing reads the output of a prompt's last block. Return the
         keys and values of the cache instead, because FSDP2 (shard.py) gathers the weights for the

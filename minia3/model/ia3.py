@@ -45,6 +45,7 @@ class IA3(nn.Module):
         """
         # This is self.scale[adapter_B], but a GPU need not sort the rows in the backward pass.
         l_BD = F.embedding(adapter_B, self.scale)
+        # Each branch below returns x * l. They differ only in the memory that the result takes.
         if not torch.is_grad_enabled():
             return x_BLD.mul_(l_BD.to(x_BLD.dtype).unsqueeze(1))  # new memory would take time
         if self.keeps_result:
