@@ -16,7 +16,7 @@ from minia3.adapters.lora import add_lora
 from minia3.adapters.peft_files import read_adapter
 from minia3.checkpoints.gguf import read_tensor
 from minia3.files.tensors import read_tensors
-from minia3.model.llama import LlamaConfig, inverse_frequencies
+from minia3.model.llama import LlamaConfig, rotation_frequencies
 
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
 
@@ -29,7 +29,7 @@ def quantized_weight(loaded, folder):
 
 def rope_with_factors(loaded, folder):
     factors = tuple(np.linspace(1, 32, 8).tolist())
-    return inverse_frequencies(LlamaConfig(16, 16, 1, 1, 1, 1, 1, rope_factors=factors))
+    return rotation_frequencies(LlamaConfig(16, 16, 1, 1, 1, 1, 1, rope_factors=factors))
 
 
 def lora(loaded, folder):

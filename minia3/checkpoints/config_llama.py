@@ -21,7 +21,7 @@ from minia3.checkpoints.config_checks import (
     wrong_ids,
     wrong_numbers,
 )
-from minia3.model.llama import LlamaConfig, inverse_frequencies
+from minia3.model.llama import LlamaConfig, rotation_frequencies
 
 # fmt: off
 # Keys of config.json whose values are numbers -> their names in our config
@@ -307,11 +307,11 @@ def scaling_of_factors(config):
     A GGUF file holds the result of the scaling, but config.json has a place only for its four
     numbers. So we try the numbers of Llama 3.1 and of Llama 3.2.
     """
-    frequencies = inverse_frequencies(config)
+    frequencies = rotation_frequencies(config)
     for factor in (8.0, 32.0):
         scaling = (factor, 1.0, 4.0, 8192)
         candidate = replace(config, rope_factors=None, rope_scaling=scaling)
-        if torch.allclose(inverse_frequencies(candidate), frequencies, rtol=1e-5):
+        if torch.allclose(rotation_frequencies(candidate), frequencies, rtol=1e-5):
             return scaling
     raise ValueError(
         "these rope factors are neither Llama 3.1's nor 3.2's: config.json cannot express them"

@@ -144,7 +144,7 @@ def read_gguf(path):
     each tensor.
 
     If the file has a tensor rope_freqs.weight, the config has one more key, `rope_factors`: d_head
-    / 2 floats that divide the inverse frequencies of the rotation. Raise ValueError if the file is
+    / 2 floats that divide the frequencies of the rotation. Raise ValueError if the file is
     damaged, lacks keys, or asks for a feature that is not supported. Warn of keys that nobody
     knows.
     """

@@ -49,16 +49,17 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     # Llama 3.1: (factor, low_freq_factor, high_freq_factor, original length)
     rope_scaling: tuple | None = None
-    # The same scaling as GGUF stores it: the divisor of each inverse frequency
+    # The same scaling as GGUF stores it: the divisor of each frequency
     rope_factors: tuple | None = None
-    max_length: int = 2048  # tokens of a text that it was made for; a longer one gives a warning
+    # Tokens of the longest text that it was trained on; a longer one gives a warning
+    max_length: int = 2048
     dropout: float = 0.0  # of the attention weights only
     pad_id: int | None = None
     eos_ids: tuple = (2,)
     bos_id: int | None = 1
 
 
-def inverse_frequencies(config):
+def rotation_frequencies(config):
     """Return (P,) float32: the angle by which each pair of a head turns per position, in radians.
 
     For pair i it is theta ** (-2i / K). Llama 3.1 was stretched to longer texts: pairs that turn
@@ -101,7 +102,8 @@ class Llama(nn.Module):
         self.n_adapters = n_adapters
         self.row_generations = {}  # how many adapters a row had before: see adapter_rows.py
         self.has_warned = False  # of a text that is too long
-        self.n_read_at_least = 0  # columns that `start` reads of any prompt: see shard.py
+        # 1 if sharded (shard.py): `start` must make a pass even for a prompt of one token.
+        self.n_read_at_least = 0
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         blocks = [make_block(config, n_adapters) for _ in range(config.n_layers)]
         self.blocks = nn.ModuleList(blocks)
@@ -114,7 +116,7 @@ class Llama(nn.Module):
     def make_frequency(self, device):
         """Compute the angle by which each pair turns per position, on a device."""
         with torch.device("cpu"):  # so it has values even if the model is built on the meta device
-            frequency = inverse_frequencies(self.config)
+            frequency = rotation_frequencies(self.config)
         self.register_buffer("frequency", frequency.to(device), persistent=False)
 
     def _apply(self, fn, recurse=True):

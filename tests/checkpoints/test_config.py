@@ -12,7 +12,7 @@ from minia3.checkpoints import config_t5
 from minia3.checkpoints.config import from_hf, to_hf
 from minia3.checkpoints.config_checks import HARMLESS
 from minia3.checkpoints.known_models import KNOWN_MODELS
-from minia3.model.llama import LlamaConfig, inverse_frequencies
+from minia3.model.llama import LlamaConfig, rotation_frequencies
 from minia3.model.t5 import T5Config
 
 T5 = {
@@ -358,8 +358,8 @@ def test_a_model_without_an_end_token_is_written_with_null():
 def test_the_factors_of_a_gguf_file_are_written_as_the_scaling_that_they_come_from():
     for scaling in ((8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192)):
         config = LlamaConfig(256, 128, 8, 1, 2, 2, 10, rope_theta=500000.0, rope_scaling=scaling)
-        plain = inverse_frequencies(dataclasses.replace(config, rope_scaling=None))
-        factors = tuple((plain / inverse_frequencies(config)).tolist())
+        plain = rotation_frequencies(dataclasses.replace(config, rope_scaling=None))
+        factors = tuple((plain / rotation_frequencies(config)).tolist())
         from_gguf = dataclasses.replace(config, rope_scaling=None, rope_factors=factors)
         assert from_hf(to_hf(from_gguf, torch.float32)) == config
         doubled = tuple(2 * factor for factor in factors)

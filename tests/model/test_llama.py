@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minia3
-from minia3.model.llama import Llama, LlamaConfig, inverse_frequencies
+from minia3.model.llama import Llama, LlamaConfig, rotation_frequencies
 
 # Padding on the right, on the left, on both sides and in between; no padding; a single real token.
 MASK = torch.tensor(
@@ -142,11 +142,11 @@ def test_frequencies_are_those_of_transformers(theta, rope, d_head):
     expected = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config).inv_freq
     plain = LlamaConfig(d_head, d_head, 1, 1, 1, 1, 1, rope_theta=theta)
     scaled = replace(plain, rope_scaling=rope)
-    assert torch.equal(inverse_frequencies(scaled), expected)
+    assert torch.equal(rotation_frequencies(scaled), expected)
     # The same scaling in GGUF's form
-    factors = tuple((inverse_frequencies(plain) / expected).tolist())
+    factors = tuple((rotation_frequencies(plain) / expected).tolist())
     divided = replace(plain, rope_factors=factors)
-    assert torch.allclose(inverse_frequencies(divided), expected, rtol=1e-6, atol=0)
+    assert torch.allclose(rotation_frequencies(divided), expected, rtol=1e-6, atol=0)
 
 
 def test_the_old_and_the_new_form_of_rope_in_config_json_make_the_same_model(peer, copy):
@@ -171,10 +171,10 @@ def test_the_old_and_the_new_form_of_rope_in_config_json_make_the_same_model(pee
 
 def test_frequencies_stay_float32_in_a_bfloat16_model(loaded):
     model = loaded("llama3", dtype=torch.bfloat16)
-    assert torch.equal(model.frequency, inverse_frequencies(model.config))
+    assert torch.equal(model.frequency, rotation_frequencies(model.config))
     assert "frequency" not in model.state_dict()
     for dtype in (torch.float16, torch.float64, torch.bfloat16):
-        assert torch.equal(model.to(dtype).frequency, inverse_frequencies(model.config))
+        assert torch.equal(model.to(dtype).frequency, rotation_frequencies(model.config))
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -182,7 +182,7 @@ def test_a_model_that_gets_empty_memory_has_its_frequencies(loaded, device):
     """They are in no state dict, so nothing else would fill them."""
     model = loaded("llama3", seed=0)
     other = Llama(model.config).to(device).to_empty(device="cpu")
-    assert torch.equal(other.frequency, inverse_frequencies(model.config))
+    assert torch.equal(other.frequency, rotation_frequencies(model.config))
     other.load_state_dict(model.state_dict())
     source = tokens(2, 5)
     target = tokens(2, 3, seed=1)

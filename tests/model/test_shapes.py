@@ -31,7 +31,7 @@ from minia3.inference.decoding import decode_tokens
 from minia3.inference.evaluation import evaluate
 from minia3.inference.metrics import INVERSE_PERPLEXITY
 from minia3.model import packing, target_logprobs
-from minia3.model.llama import inverse_frequencies
+from minia3.model.llama import rotation_frequencies
 from minia3.model.more_vectors import choose_vectors
 from minia3.model.quantized import NF4_BLOCK, NF4Linear
 from minia3.tasks.batches import collate
@@ -343,8 +343,8 @@ def has_bitsandbytes():
 def write_rope_factors():
     """Write the config of a GGUF file of Llama 3.1, which has factors instead of a scaling."""
     config = KNOWN_MODELS["llama-3.1-8b"].config
-    unscaled = inverse_frequencies(replace(config, rope_scaling=None))
-    factors = unscaled / inverse_frequencies(config)
+    unscaled = rotation_frequencies(replace(config, rope_scaling=None))
+    factors = unscaled / rotation_frequencies(config)
     config = replace(config, rope_scaling=None, rope_factors=tuple(factors.tolist()))
     to_hf(config, torch.bfloat16)
 
