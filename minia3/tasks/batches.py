@@ -49,7 +49,7 @@ def collate(examples: Sequence[Example]) -> Batch:
     for i, example in enumerate(examples):
         if example.is_scored is not None:
             n_tokens = len(example.targets[0])
-            is_scored_L = torch.tensor(example.is_scored[:n_tokens])
+            is_scored_L = torch.tensor(example.is_scored)
             target_mask_NL[i * n_choices, :n_tokens] = is_scored_L
     return Batch(
         source_BM,

@@ -13,8 +13,8 @@ class Example(NamedTuple):
     source: list[int]
     targets: list[list[int]]  # the ids of each choice
     label: int  # index of the right choice; -1: unlabeled
-    # Which tokens of the target count, if it is the only one (a conversation: only the assistant's
-    # turns count). None: all of them.
+    # Whether each token of the target counts, if it is the only one (a conversation: only the
+    # assistant's turns count). None: all of them do.
     is_scored: list[bool] | None = None
 
     @property

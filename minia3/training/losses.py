@@ -70,7 +70,7 @@ def count_terms_of(examples, names=("lm", "ul", "ln")):
     for example in examples:
         lengths = [len(target) for target in example.targets]
         if example.is_scored is not None:
-            lengths = [sum(example.is_scored[: lengths[0]])]
+            lengths = [sum(example.is_scored)]
         n_correct = lengths[example.label]
         n_terms["lm"] += n_correct
         n_terms["ul"] += sum(lengths) - n_correct

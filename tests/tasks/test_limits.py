@@ -55,6 +55,12 @@ def test_a_long_target_keeps_its_beginning_without_the_end_token():
     assert fit_targets(example, 2, are_choices=False) == (Example([4], [[5, 6]], 0), True)
 
 
+def test_a_conversation_is_not_cut_again():
+    """So `is_scored` is always as long as the target."""
+    example = Example([4], [[5, 6, 7]], 0, [True, False, True])
+    assert fit_targets(example, 2, are_choices=False) == (example, False)
+
+
 def test_a_long_choice_is_an_error_that_names_the_row():
     rows = [{"idx": 3}, {"idx": 8}]
     short = Example([4], [[5], [6]], 0)

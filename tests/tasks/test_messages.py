@@ -286,5 +286,3 @@ def test_a_mask_has_holes_between_the_turns_that_are_scored():
         [[1, 0, 0, 1], [0, 0, 0, 0]],
     ]
     assert batch.target_mask_BCL.dtype == torch.bool
-    cut = collate([Example([6], [[7, 8]], 0, [True, False, True])])  # to --max-target-length
-    assert cut.target_mask_BCL.tolist() == [[[True, False]]]

@@ -106,7 +106,7 @@ def test_terms_are_counted_without_tensors_as_they_are_in_a_batch(n_choices):
     tokenizer = minia3.load_tokenizer(model("t5"))
     cell = Cell(train.Config(steps=1, batch_size=7), minia3.load_task(task(n_choices)))
     examples = draw_batches(cell, tokenizer)[0]
-    examples.append(Example([3], [[4, 5, 6]], 0, [True, False, True, True]))
+    examples.append(Example([3], [[4, 5, 6, 7]], 0, [True, False, True, True]))
     whole = collate(examples)
     assert count_terms_of(examples) == count_terms(whole.target_mask_BCL, whole.label_B)
 
