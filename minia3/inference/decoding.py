@@ -64,8 +64,8 @@ def generate(  # noqa: PLR0913 (the contract)
     prompts: texts, or lists of ids. Instead of a list, it may be a tensor, an array of NumPy or a
     column of pandas. adapter: None (row 0), an int, or (N,) long. A text ends before an end token
     (see `end_ids_of`), before the first of the `stop` texts (one or several), or after
-    `max_new_tokens`. A stop text may be a special token, but not one and other text. See
-    `decoder_after` for the space with which it may begin.
+    `max_new_tokens`. A stop text may be a special token, but not a special token together with
+    other text. See `decoder_after` for the space with which it may begin.
 
     temperature 0 takes the likeliest token at each step. Above 0, tokens are drawn: see
     `draw_tokens` (sampling.py), also for top_k and top_p. What is drawn depends on `seed` (None: a
@@ -401,7 +401,7 @@ def decode_compiled(model, state, max_new_tokens, ended, sampler=None, end_ids=N
     numbers = state.adapter_numbers
     step = model.step
     tokens_B1 = state.start
-    with Room.of(model) as room:
+    with Room.borrow(model) as room:
         for n_written in range(max_new_tokens):
             if len(ended) == len(rows):
                 return

@@ -116,7 +116,9 @@ def choice_logprobs(model, batch, adapter=None):
     # Masks stay on the CPU, so that asking whether there is padding does not wait for a GPU.
     # A sharded LLaMA always gets the mask. Without it, sources of one token would skip a pass for
     # which other processes wait (see shard.py).
-    mask_BM = None if batch.mask_BM.all() and not is_sharded(model) else batch.mask_BM
+    mask_BM = batch.mask_BM
+    if mask_BM.all() and not is_sharded(model):
+        mask_BM = None
     state = model.start(to_device(batch.source_BM, device), mask_BM, adapter)
 
     target_BCL = to_device(batch.target_BCL, device)
@@ -179,7 +181,7 @@ def text_logprobs(model, batch, adapter):
     if not is_read_BR.all():
         packing = Packing(is_read_BR, device, model.blocks[0])
 
-    state = model.start(ids_BS[:, :1], None, adapter)  # which reads nothing of a single token
+    state = model.start(ids_BS[:, :1], None, adapter)  # reads nothing: it leaves out the last token
     x_ND = model.run_blocks(ids_BS[:, :-1], state, packing).flatten(0, 1)
 
     place_T = true_places(texts.is_scored_BS[:, 1:], device)
@@ -221,7 +223,7 @@ def score_examples(model, examples, *, adapter=None, length_norm=True, batch_siz
     for rows, batch, logp in scored_batches(model, examples, adapter, batch_size):
         scores = choice_scores(logp, batch.target_mask_BCL, length_norm)
         scores_NC[rows, : scores.shape[1]] = scores.float()  # the batch may have fewer than C
-    scores_NC = combine(torch.maximum, scores_NC)
+    scores_NC = combine(torch.maximum, scores_NC)  # what a process has not read is -inf
     n_choices_N1 = torch.tensor([[len(example.targets)] for example in examples])
     is_choice_NC = torch.arange(n_choices) < n_choices_N1
     check_finite(scores_NC.masked_fill(~is_choice_NC, 0.0))
@@ -242,7 +244,8 @@ def total_logprobs(model, examples, *, adapter=None, batch_size=16):
         mask_BCL = batch.target_mask_BCL
         total_N[rows] = logp_BCL.double().masked_fill(~mask_BCL, 0.0).sum(dim=(1, 2))
         n_tokens_N[rows] = mask_BCL.sum(dim=(1, 2))
-    # Two processes may have read the same row. What a process has not read is 0.
+    # What a process has not read is 0, and log-probabilities are at most 0. A sum over processes
+    # would be wrong, because two of them may have read the same row.
     total_N = combine(torch.minimum, total_N)
     n_tokens_N = combine(torch.maximum, n_tokens_N)
     check_finite(total_N[:, None])
@@ -252,8 +255,8 @@ def total_logprobs(model, examples, *, adapter=None, batch_size=16):
 def scored_batches(model, examples, adapter, batch_size):
     """Yield (indices of rows, Batch, log-probabilities (B, C, L) on the CPU) for all examples.
 
-    Reading the log-probabilities waits for a GPU, so the GPU gets the next batch to compute first.
-    Their copy is asked for before that batch, because a GPU does everything in order.
+    Reading log-probabilities waits for a GPU, so the GPU gets the next batch before that. Their
+    copy to the CPU is queued even before the next batch, because a GPU does everything in order.
     """
 
     def compute():

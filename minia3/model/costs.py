@@ -1,4 +1,4 @@
-"""What it costs to run a model: FLOPs, by the rule that the paper uses."""
+"""What a model costs: the fields of its config that count layers, and FLOPs by the paper's rule."""
 
 # The fields of a config that say how many layers each stack has. All layers of a stack cost the
 # same, so what a deep model takes is extrapolated from shallow ones.

@@ -99,7 +99,10 @@ def lies_end_to_end(mask_BL, device, block):
 
 
 def true_places(mask, device):
-    """Return (T,) long: where in its flat tensor a mask is True. The mask should be on the CPU."""
+    """Return (T,) long: the places in the flattened mask that are True.
+
+    The mask should be on the CPU.
+    """
     return to_device(mask.flatten().nonzero()[:, 0], device)
 
 

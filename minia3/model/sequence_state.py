@@ -102,8 +102,8 @@ class Cache:
     def _make_room(self, n_filled):
         if self.kv[0].shape[2] < self.length:
             n_more = self.length - n_filled + SPARE_COLUMNS
-            # Record gradients, because a later step may need those of the columns so far. Steps may
-            # write into the room, because no backward pass reads it.
+            # The longer tensors stay in the graph, because a later step may need the gradients of
+            # the columns so far. Steps write into the spare room, which no backward pass reads.
             with torch.inference_mode(False), torch.enable_grad():
                 self.kv = tuple(F.pad(x[:, :, :n_filled], (0, 0, 0, n_more)) for x in self.kv)
 
@@ -327,10 +327,10 @@ def columns_of_rows(owner_M, n_sharing):
 
 
 def rows_that_serve(rows_R, n_served):
-    """Return which rows of a tensor serve rows_R, if each of them serves `n_served` rows.
+    """Return which rows of a tensor to take for rows_R. Each of its rows serves `n_served` rows.
 
-    If rows_R again consists of runs of `n_served` rows with one source, each source is returned
-    once, so that beams still share it. Otherwise a row is returned for each of rows_R.
+    In general, that is one row for each of rows_R. If rows_R is made of runs of `n_served` rows
+    with the same source, one row for each run is enough, and beams still share it.
     """
     source_R = rows_R // n_served
     first_of_each = source_R[::n_served]

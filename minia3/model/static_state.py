@@ -42,7 +42,7 @@ class Room:
 
     @classmethod
     @contextmanager
-    def of(cls, model):
+    def borrow(cls, model):
         """Lend the Room of a model. A second stream that is read meanwhile gets another one."""
         room = unused_rooms.pop(model, None) or cls()
         try:

@@ -87,8 +87,10 @@ class Stack(nn.Module):
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
             cache = Cache() if caches is None else caches[i]
-            cache.read_cross_kv()  # with gradients, it is made here: see `cross_cache`
-            if i < len(self.positions):  # a block without a table uses the table before it
+            # With gradients, this makes the source's keys and values now: see `cross_cache`.
+            cache.read_cross_kv()
+            # A block without a table uses the bias of the block before it.
+            if i < len(self.positions):
                 context = replace(context, bias_BHLM=self.bias(i, bucket_LM, mask_bias))
             x = block(x, context, cache)
         return self.dropout(self.norm(x))
@@ -110,9 +112,9 @@ def make_block(config, is_decoder, n_adapters):
     c = config
     n_kv_heads = c.n_heads  # none is shared
     scale = 1.0  # the scores are not scaled
-    attention = (c.d_model, c.n_heads, n_kv_heads, c.d_head, scale, c.dropout, n_adapters)
-    attn = Attention(*attention)
-    cross = Attention(*attention) if is_decoder else None
+    sizes = (c.d_model, c.n_heads, n_kv_heads, c.d_head, scale, c.dropout, n_adapters)
+    attn = Attention(*sizes)
+    cross = Attention(*sizes) if is_decoder else None
     ffn = FeedForward(c.d_model, c.d_ff, c.activation, c.gated, c.dropout, n_adapters)
     return Block(attn, cross, ffn, c.d_model, c.eps, c.dropout)
 
@@ -196,7 +198,7 @@ class T5(nn.Module):
         mask_bias = memory_bias_B11M
         if packing.lengths is not None:
             mask_bias = None  # rows that lie end to end have no padding to hide
-        n_biases = 1 if mask_bias is None else len(source)  # a row's mask is added to its biases
+        n_biases = 1 if mask_bias is None else len(source)  # without a mask, one serves all rows
         check_bias(n_biases, self.config.n_heads, source.shape[1], source.shape[1])
         context = Context(packing.adapters(adapter_B), packing, mask_bias)
         position_M = torch.arange(source.shape[1], device=source.device)

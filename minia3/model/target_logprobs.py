@@ -87,7 +87,10 @@ class _WithGradient(torch.autograd.Function):
 
 
 def replace_with_gradient(logits_TV, target_T1, logp_T1):
-    """Write log p(t) into logp_T1, and its gradient over the logits, because they are so large."""
+    """Write log p(t) into logp_T1, and overwrite the logits with its gradient.
+
+    A second tensor of this size would be too large, so there is none.
+    """
     logp_TV = widen(logits_TV).log_softmax(dim=-1)
     torch.gather(logp_TV, 1, target_T1, out=logp_T1)
     torch.mul(logp_TV.exp_(), -1, out=logits_TV)  # unlike torch.neg, this casts to 16 bits

@@ -40,7 +40,7 @@ class Cell:
     def __init__(self, config, task, name="", axes=()):
         """config: the run's flags, with one value for each axis of the grid. axes: their names."""
         self.config = config
-        self.task = task  # a plain task or a mixture
+        self.task = task  # a task, whose only member is itself, or a mixture with several
         self.assignments = [assign_rows(member, config) for member in task.members]
         self.name = name
         self.progress = Progress()

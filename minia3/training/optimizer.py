@@ -1,4 +1,4 @@
-"""The optimizers of vectors, and the learning rate of T-Few.
+"""Optimizers for vectors, and T-Few's learning rate.
 
 A table holds one vector for several adapters, each in its row. What an adapter's row becomes does
 not depend on the other rows, but all rows and all tables of one width are updated by the same few

@@ -224,7 +224,7 @@ class Run:
     def save_and_report(self, group, rng_state, signal_number):
         """Save the state before the current step, say how to continue, and close the trackers.
 
-        This runs in another thread, while the main thread is in an operation that takes long.
+        This runs in another thread, while the main thread is in a long operation.
         """
         self.write_checkpoint(group.state_before_step(rng_state))
         sys.stdout.flush()  # because the process ends without cleaning up
