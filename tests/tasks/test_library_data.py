@@ -188,6 +188,51 @@ def test_a_folder_is_read_as_the_library_reads_it(tmp_path, monkeypatch, suffix,
     assert not datasets.are_progress_bars_disabled(), "and as it was before"
 
 
+def call_of(name, **arguments):
+    function = {"name": name, "arguments": arguments}
+    return {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}
+
+
+QUESTION = {"role": "user", "content": "Weather in Paris?"}
+ANSWER = {"role": "assistant", "content": "It is sunny."}
+# Rows that do not fit into a table: the library stores their values as texts of JSON.
+UNEVEN_ROWS = {
+    "answers of several types": [
+        {"question": "capital?", "answer": "Paris"},
+        {"question": "sum?", "answer": 42},
+        {"question": "true?", "answer": True},
+        {"question": "quoted?", "answer": 'He said "no"'},
+    ],
+    "arguments of several tools": [
+        {"messages": [QUESTION, call_of("weather", city="Paris", days=[1, 2]), ANSWER]},
+        {"messages": [QUESTION, call_of("note", place={"name": "x"}, mood=None), ANSWER]},
+    ],
+    "messages with other keys": [
+        {"messages": [QUESTION, {**ANSWER, "weight": 1}]},
+        {"messages": [{**QUESTION, "name": "Ann"}, {**ANSWER, "thinking": "It shines."}]},
+    ],
+}
+
+
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="this release has no type for JSON")
+@pytest.mark.parametrize("rows", UNEVEN_ROWS.values(), ids=UNEVEN_ROWS)
+def test_values_that_the_library_keeps_as_json_are_the_values(tmp_path, monkeypatch, rows):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folders = {name: tmp_path / name for name in ("lines", "saved", "parquet")}
+    for name in ("lines", "parquet"):
+        folders[name].mkdir()
+    (folders["lines"] / "train.jsonl").write_bytes(lines(*rows * 5))
+    loaded = datasets.load_dataset(str(folders["lines"]))["train"]
+    assert "Json" in str(loaded.features), "otherwise, this test shows nothing"
+    loaded.save_to_disk(folders["saved"])
+    loaded.to_parquet(folders["parquet"] / "train.parquet")
+    expected = load_task(folders["lines"])
+    for name in (f"hf:{folders['lines']}", folders["saved"], folders["parquet"]):
+        task = load_task(name)
+        for split in ("train", "validation", "test"):
+            assert getattr(task, split) == getattr(expected, split)
+
+
 def anli(folder):
     """Write a data set with the names of ANLI's splits, and one more. Return split -> its rows."""
     splits = {}

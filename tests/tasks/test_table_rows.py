@@ -6,6 +6,7 @@ import datetime
 import decimal
 import gzip
 import json
+import re
 import sys
 import tracemalloc
 
@@ -14,6 +15,7 @@ from task_files import choice, lines, target
 
 from minia3.tasks.row_files import column_names, read_label_names, read_rows
 from minia3.tasks.splits import load_task
+from minia3.tasks.table_rows import has_json
 
 pyarrow = pytest.importorskip("pyarrow", reason="pyarrow reads parquet files")
 from pyarrow import parquet  # noqa: E402
@@ -177,6 +179,68 @@ def test_conversations_in_parquet_equal_those_in_jsonl(tmp_path):
     from_parquet = load_task(tmp_path / "mine.parquet")
     for field in ("train", "validation", "test"):
         assert getattr(from_parquet, field) == getattr(from_jsonl, field)
+
+
+# How a file says it, which a pyarrow that has no type for JSON leaves in the metadata of a text.
+NAMED_JSON = {"ARROW:extension:name": "arrow.json"}
+has_type_for_json = pytest.mark.skipif(
+    not hasattr(pyarrow, "json_"), reason="this pyarrow has no type for JSON"
+)
+
+
+@has_type_for_json
+def test_json_in_lists_and_structures_is_read_and_keeps_its_nulls(tmp_path):
+    """A null of the table may be a gap. Those of JSON were written."""
+    text = pyarrow.string()
+    json_text = pyarrow.field("arguments", text, metadata=NAMED_JSON)
+    call = pyarrow.struct([("name", text), ("id", text), json_text])
+    calls = [
+        [{"name": "a", "id": None, "arguments": '{"x": [1.5, "1"], "y": null}'}],
+        [{"name": "b", "id": "c1", "arguments": '"x"'}, {"name": "c", "id": None}],
+        None,
+    ]
+    columns = {
+        "calls": pyarrow.array(calls, pyarrow.list_(call)),
+        "pair": pyarrow.array([["1", '"1"'], ["null", None], []], pyarrow.list_(json_text)),
+        "plain": pyarrow.array(['{"x": 1}', "null", None]),
+        "score": pyarrow.array(["1", "null", None], pyarrow.json_()),
+    }
+    arrow_path = write_arrow(tmp_path / "a.arrow", pyarrow.table(columns))
+    table = pyarrow.ipc.open_stream(arrow_path).read_all()
+    assert str(table.schema.types).count("arrow.json") == 3
+    parquet.write_table(table, tmp_path / "a.parquet")
+    for path in (tmp_path / "a.parquet", arrow_path):
+        assert [row for _, row in read_rows(path)] == [
+            {
+                "calls": [{"name": "a", "arguments": {"x": [1.5, "1"], "y": None}}],
+                "pair": [1, "1"],
+                "plain": '{"x": 1}',
+                "score": 1,
+            },
+            {
+                "calls": [{"name": "b", "id": "c1", "arguments": "x"}, {"name": "c"}],
+                "pair": [None, None],
+                "plain": "null",
+            },
+            {"pair": []},
+        ]
+
+
+@has_type_for_json
+def test_a_text_that_is_no_json_is_an_error_of_its_row(tmp_path):
+    column = pyarrow.array(['"a"', "a", '"c"'], pyarrow.json_())
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    (_, first), (number, error), (_, third) = read_rows(tmp_path / "a.parquet")
+    assert (first, number, third) == ({"text": "a"}, 2, {"text": "c"})
+    assert re.fullmatch("not JSON: .*: 'a'", str(error))
+
+
+def test_json_is_recognized_by_a_pyarrow_that_has_no_type_for_it():
+    text = pyarrow.string()
+    json_text = pyarrow.field("a", text, metadata=NAMED_JSON)
+    assert has_json(json_text)
+    assert has_json(pyarrow.field("a", pyarrow.list_(json_text)))
+    assert not has_json(pyarrow.field("a", pyarrow.list_(text), metadata={"b": "c"}))
 
 
 def test_nulls_in_structures_stay_if_empty_cells_do(tmp_path):
