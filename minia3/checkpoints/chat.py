@@ -13,6 +13,7 @@ of time and memory (template_worker.py).
 """
 
 import atexit
+import copy
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import sys
 import threading
 from contextlib import suppress
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,6 +125,9 @@ def render_chat(template, messages, special_tokens, tools=None, ends_with_prompt
     tools: descriptions of functions, as JSON schemas, for templates that offer them to the model.
     ends_with_prompt: True ends the text with what comes before an answer.
 
+    OpenAI's files have texts of JSON as the arguments of calls. Most templates expect objects, and
+    would quote the texts, or fail. Such a template gets objects; another one gets the texts.
+
     Raise ValueError if the template fails, refuses the messages or goes beyond the limits of
     template_worker.py, and ImportError if jinja2 is not installed.
     """
@@ -135,7 +140,13 @@ def render_chat(template, messages, special_tokens, tools=None, ends_with_prompt
         "documents": None,
         "add_generation_prompt": ends_with_prompt,
     }
-    reply = worker(os.getpid()).ask({"template": template, "variables": variables})
+    request = {"template": template, "variables": variables}
+    reply = worker(os.getpid()).ask(request)
+    if needs_objects(reply, variables["messages"]):
+        variables["messages"] = list(map(with_objects, variables["messages"]))
+        other_reply = worker(os.getpid()).ask(request)
+        if "text" in other_reply:
+            reply = other_reply
     if "text" in reply:
         return ChatText(reply["text"], [tuple(span) for span in reply["spans"]])
     name = reply["error"]
@@ -167,6 +178,53 @@ def template_message(message, template):
         if not (kept.get("content") and kept.get("tool_calls")):  # gpt-oss refuses all three
             kept.setdefault("thinking", thinking)
     return kept
+
+
+def calls_of(message):
+    """Return the calls of tools in a message, with or without {"function": ...} around them."""
+    calls = message.get("tool_calls") if isinstance(message, dict) else None
+    if not isinstance(calls, list):
+        return []
+    calls = [call for call in calls if isinstance(call, dict)]
+    functions = [call.get("function") for call in calls]
+    return calls + [function for function in functions if isinstance(function, dict)]
+
+
+def spelled_object(text):
+    """Return the object that a text of JSON spells, or None if it spells none."""
+    if not isinstance(text, str):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def needs_objects(reply, messages):
+    """Return whether a template that was given texts of JSON as arguments of calls expects objects:
+    it has failed, or it has written a text in quotes, as a string of JSON.
+    """
+    texts = []
+    for call in chain.from_iterable(map(calls_of, messages)):
+        arguments = call.get("arguments")
+        if spelled_object(arguments) is not None:
+            texts += [json.dumps(arguments), json.dumps(arguments, ensure_ascii=False)]
+    if "text" in reply:
+        return any(text in reply["text"] for text in texts)
+    return bool(texts)
+
+
+def with_objects(message):
+    """Return a message in which the arguments of calls are objects, if texts of JSON spell them."""
+    if not calls_of(message):
+        return message
+    copied = copy.deepcopy(message)
+    for call in calls_of(copied):
+        arguments = spelled_object(call.get("arguments"))
+        if arguments is not None:
+            call["arguments"] = arguments
+    return copied
 
 
 class Worker:

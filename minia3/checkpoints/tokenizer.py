@@ -169,8 +169,8 @@ class Tokenizer:
         tools: descriptions of functions, as JSON schemas, if the template offers them to the model.
 
         They equal the ids of transformers' apply_chat_template, with two exceptions: a
-        tokenizer.json of LLaMA-2, whose normalizer transformers 5 replaces, and thinking and null
-        contents (see `template_message` in chat.py).
+        tokenizer.json of LLaMA-2, whose normalizer transformers 5 replaces, and thinking, null
+        contents and texts as the arguments of calls (see `template_message` and `render_chat`).
 
         Raise ValueError if `messages` is not such a list, if there is no template or no jinja2, or
         if the template fails or refuses the messages.

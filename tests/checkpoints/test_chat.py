@@ -568,6 +568,70 @@ def test_a_call_of_a_tool_is_a_turn_of_the_assistant_and_its_result_is_not(tmp_p
     )
 
 
+# Others write the call as QWEN25 does. (The forms are Llama 3's, Mistral's, Qwen3-Coder's, Qwen3's
+# and DeepSeek's.)
+ALL_CALLS = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls %}"
+END = "{% endfor %}{% endfor %}"
+ASKS = "c.function.arguments if c.function.arguments is string else c.function.arguments | tojson"
+CALL_TEMPLATES = {
+    "the arguments as JSON": ALL_CALLS + "{{ c.function.arguments | tojson }}" + END,
+    "the whole call as JSON": ALL_CALLS + "{{ c.function | tojson }}" + END,
+    "each argument": ALL_CALLS
+    + "{% for k, v in c.function.arguments | items %}{{ k }}={{ v }};{% endfor %}"
+    + END,
+    "either": ALL_CALLS + "{{ " + ASKS + " }}" + END,
+}
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", *CALL_TEMPLATES])
+def test_arguments_that_are_a_text_of_json_are_written_like_the_object(name):
+    """OpenAI's files have such texts. A template quoted them a second time."""
+
+    def conversation(make_arguments):
+        function = {"name": "add", "arguments": make_arguments({"a": 1, "b": 'é "2"'})}
+        empty = {"name": "now", "arguments": make_arguments({})}
+        calls = [{"id": "c1", "type": "function", "function": function}, {"function": empty}]
+        return [
+            {"role": "user", "content": "1 + 2 ?"},
+            {"role": "assistant", "content": "", "tool_calls": calls},
+            {"role": "user", "content": "Thanks."},
+            {"role": "assistant", "content": "Three."},
+        ]
+
+    for ensure_ascii in (True, False):
+        texts = conversation(functools.partial(json.dumps, ensure_ascii=ensure_ascii))
+        before = json.dumps(texts)
+        objects = conversation(lambda arguments: arguments)
+        tokenizer = tokenizer_with({**TEMPLATES, **CALL_TEMPLATES}[name])
+        if name == "either" and ensure_ascii:  # the text is what the model is to write
+            continue
+        assert tokenizer.conversation(texts) == tokenizer.conversation(objects)
+        assert tokenizer.chat(texts[:3]) == tokenizer.chat(objects[:3])
+        assert json.dumps(texts) == before
+
+
+@pytest.mark.parametrize("content", ["", '"{\\"a\\": 1}"'])
+def test_a_template_that_joins_texts_gets_the_arguments_as_a_text(content):
+    # DeepSeek's. It also does if the text occurs in quotes for another reason.
+    template = ALL_CALLS + "{{ '[' + c['function']['arguments'] + ']' }}" + END
+    call = {"function": {"name": "add", "arguments": '{"a": 1}'}}
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": ""}]
+    messages[1]["tool_calls"] = [call]
+    tokenizer = tokenizer_with(template)
+    assert tokenizer.backend.decode(tokenizer.chat(messages)) == content + '[{"a": 1}]'
+
+
+@pytest.mark.parametrize("text", ["[1]", "a", '{"a": ', "", "{'a': 1}", "[" * 100_000])
+def test_arguments_that_spell_no_object_stay_a_text(text):
+    tokenizer = tokenizer_with(CALL_TEMPLATES["the arguments as JSON"])
+    call = {"function": {"name": "add", "arguments": text}}
+    messages = [{"role": "assistant", "content": "", "tool_calls": [call, "no call"]}]
+    with pytest.raises(ValueError, match="'str object' has no attribute 'function'"):
+        tokenizer.chat(messages)
+    messages[0]["tool_calls"].pop()
+    assert tokenizer.backend.decode(tokenizer.chat(messages)) == json.dumps(text)
+
+
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
