@@ -7,9 +7,12 @@ A checkpoint's chat template turns them into text (checkpoints/chat.py).
 """
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 INSTRUCTIONS = ("system", "developer")  # roles of messages that come before the first turn
+
+# Columns whose text is the system message of the conversation beside them. The first one counts.
+SYSTEM_COLUMNS = ("system", "system_prompt")
 
 # What files in ShareGPT's form call the roles. Others, such as system, have the same names.
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
@@ -27,6 +30,21 @@ def in_openai_form(message):
     role = SHAREGPT_ROLES.get(name, name)
     content = kept.pop("value", None)
     return {"role": role, "content": content, **kept}
+
+
+def find_system_column(row: Mapping, messages) -> str:
+    """Return the column of a row with the system message of its conversation, or "" if it has none,
+    or if the conversation has one of its own.
+    """
+    first = messages[0] if isinstance(messages, list) and messages else None
+    first = in_openai_form(first)
+    if isinstance(first, dict) and first.get("role") in INSTRUCTIONS:
+        return ""
+    for name in SYSTEM_COLUMNS:
+        text = row.get(name)
+        if isinstance(text, str) and text.strip():
+            return name
+    return ""
 
 
 def check_messages(row: dict, needs_answer: bool = True):

@@ -23,7 +23,13 @@ from minia3.tasks.format_strings import (
     value_of,
 )
 from minia3.tasks.labels import INTEGER, find_choice, find_label, find_user_label, label_text
-from minia3.tasks.messages import check_messages, has_answer, in_openai_form
+from minia3.tasks.messages import (
+    SYSTEM_COLUMNS,
+    check_messages,
+    find_system_column,
+    has_answer,
+    in_openai_form,
+)
 from minia3.tasks.names import nearest_of
 from minia3.tasks.prompts import Prompt, render
 from minia3.tasks.row_files import column_names, read_rows
@@ -119,7 +125,7 @@ def find_mixed_kinds(
 def expected_names(spec: TaskSpec) -> list[str]:
     """Return the names of the fields that the task uses."""
     if spec.messages:
-        return [spec.messages, "tools"]
+        return [spec.messages, "tools", *SYSTEM_COLUMNS]
     names = [spec.label_field, column_of(spec.label_field)]
     for prompt in spec.prompts:
         names += roots_of(prompt.templates)
@@ -434,13 +440,17 @@ def are_choices(value) -> bool:
 
 
 def normalize_conversation(row: dict, split: str):
-    """Give the messages of a row OpenAI's form.
+    """Give the messages of a row OpenAI's form, and the system message of a column beside them.
 
     Raise ValueError if they are not a conversation, or if there is no answer to learn.
     """
     row.setdefault("messages", None)
     if isinstance(row["messages"], list):
-        row["messages"] = list(map(in_openai_form, row["messages"]))
+        messages = list(map(in_openai_form, row["messages"]))
+        system_column = find_system_column(row, messages)
+        if messages and system_column:
+            messages = [{"role": "system", "content": row[system_column]}, *messages]
+        row["messages"] = messages
     check_messages(row, needs_answer=split not in ("test", PREDICTED))
 
 

@@ -40,6 +40,7 @@ from minia3.tasks.labels import (
     order_like_choices,
     words_of,
 )
+from minia3.tasks.messages import SYSTEM_COLUMNS, find_system_column
 from minia3.tasks.names import fold_case, list_names
 from minia3.tasks.prompts import OWN_PROMPTS, Prompt
 from minia3.tasks.task import TaskSpec
@@ -267,8 +268,7 @@ def find_labels(
 def describe(columns: Columns, roles: ColumnRoles, labels: Labels) -> str:
     """Return how the file was understood: what is read, what is answered, what is ignored."""
     if roles.messages:
-        used = [roles.messages]
-        used += ["tools"] if "tools" in columns else []
+        used = conversation_columns(columns, roles.messages)
         answer = "writes what the assistant says"
     else:
         used = roots_of(prompt.text for prompt in roles.prompts)
@@ -278,11 +278,22 @@ def describe(columns: Columns, roles: ColumnRoles, labels: Labels) -> str:
     return f"{text}; ignores {list_names(ignored):.200}" if ignored else text
 
 
+def conversation_columns(columns: Columns, messages: str) -> list[str]:
+    """Return the columns that conversations are made of. messages: the column with their turns."""
+    found = set()
+    for row in columns.rows:
+        cells = {name: row.get(columns.name_in_file(name)) for name in (*SYSTEM_COLUMNS, messages)}
+        found.add(find_system_column(cells, cells[messages]))
+    names = [name for name in SYSTEM_COLUMNS if name in found]
+    names.append(messages)
+    return [*names, "tools"] if "tools" in columns else names
+
+
 def ignored_columns(columns: Columns, roles: ColumnRoles) -> list[str]:
     """Return the columns that are neither read nor learned, as the file spells them."""
     used = roots_of(prompt.text for prompt in roles.prompts)
     if roles.messages:
-        used = [roles.messages, "tools"]
+        used = conversation_columns(columns, roles.messages)
     known = {*used, *roles.answer_columns, roles.label, column_of(roles.label), *SPECIAL}
     if roles.has_row_choices:
         known |= {"choices", "target"}

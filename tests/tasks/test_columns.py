@@ -340,6 +340,44 @@ def test_an_adapter_of_conversations_reads_them_under_the_name_that_it_has_learn
     assert task.answer == "messages"
 
 
+@pytest.mark.parametrize("system", ["system", "System", "system_prompt"])
+@pytest.mark.parametrize("name", ["conversations", "messages"])
+def test_the_system_message_of_a_conversation_may_have_a_column(name, system, tmp_path):
+    empty = {name: SHAREGPT, system: " "}
+    missing = {name: SHAREGPT, system: None}
+    task = load(tmp_path, {name: SHAREGPT, system: "Be brief. "}, empty, missing, missing)
+    assert task.columns == f"reads {system} and {name}, writes what the assistant says"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 1}]
+    rows = sorted([*task.train, *task.validation, *task.test], key=lambda row: row["idx"])
+    first = {"role": "system", "content": "Be brief. "}
+    assert [row["messages"] for row in rows] == [[first, *turns], turns, turns, turns] * 3
+    asked = normalize_row({name: SHAREGPT[:1], system: "Shout."}, task.spec, PREDICTED, 0)
+    assert asked["messages"] == [{"role": "system", "content": "Shout."}, turns[0]]
+
+
+def test_a_conversation_with_a_system_message_keeps_it(tmp_path):
+    for role in ("system", "developer"):
+        messages = [{"role": role, "content": "s"}, {"role": "user", "content": "a"}]
+        messages.append({"role": "assistant", "content": "b"})
+        task = load(tmp_path, {"messages": messages, "system": "t"})
+        assert task.columns.endswith(
+            "reads messages, writes what the assistant says; ignores system"
+        )
+        assert all(row["messages"] == messages for row in task.train)
+
+
+def test_a_system_message_is_a_text_of_the_first_column_that_has_one(tmp_path):
+    both = {"messages": SHAREGPT, "system_prompt": "a", "system": "b"}
+    other = {"messages": SHAREGPT, "system": 3, "system_prompt": "c"}
+    task = load(tmp_path, both, other)
+    assert task.columns.startswith("reads system and system_prompt and messages, writes")
+    rows = sorted([*task.train, *task.validation, *task.test], key=lambda row: row["idx"])
+    assert [row["messages"][0]["content"] for row in rows] == ["b", "c"] * 3
+    task = load(tmp_path, {"messages": SHAREGPT, "system": 3})
+    assert task.columns == "reads messages, writes what the assistant says; ignores system"
+    assert all(row["messages"][0]["role"] == "user" for row in task.train)
+
+
 def test_columns_with_the_usual_names_come_before_conversations(tmp_path):
     task = load(tmp_path, {"input": "a", "target": "b", "conversations": SHAREGPT})
     assert task.columns == "reads input, writes target; ignores conversations"
