@@ -9,6 +9,8 @@ A checkpoint's chat template turns them into text (checkpoints/chat.py).
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 
+from minia3.tasks.json_rows import parse_json
+
 INSTRUCTIONS = ("system", "developer")  # roles of messages that come before the first turn
 
 # Columns whose text is the system message of the conversation beside them. The first one counts.
@@ -97,6 +99,23 @@ def check_tools(row: dict):
     is_list = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
     if tools is not None and not is_list:
         raise ValueError(f"'tools' is {tools!r:.60}, expected a list of JSON objects")
+
+
+def parse_tools(tools):
+    """Return the list that a text of JSON spells. Whatever is something else stays as it is.
+
+    Data sets in .parquet have such texts, because the schemas of different tools have different
+    keys. An empty text means that there are no tools.
+    """
+    if not isinstance(tools, str):
+        return tools
+    if not tools.strip():
+        return None
+    try:
+        value = parse_json(tools)
+    except ValueError:
+        return tools
+    return value if isinstance(value, list) else tools
 
 
 def has_answer(messages: list[dict]) -> bool:

@@ -29,6 +29,7 @@ from minia3.tasks.messages import (
     find_system_column,
     has_answer,
     in_openai_form,
+    parse_tools,
 )
 from minia3.tasks.names import nearest_of
 from minia3.tasks.prompts import Prompt, render
@@ -441,6 +442,7 @@ def are_choices(value) -> bool:
 
 def normalize_conversation(row: dict, split: str):
     """Give the messages of a row OpenAI's form, and the system message of a column beside them.
+    Make a list of the row's tools.
 
     Raise ValueError if they are not a conversation, or if there is no answer to learn.
     """
@@ -451,6 +453,8 @@ def normalize_conversation(row: dict, split: str):
         if messages and system_column:
             messages = [{"role": "system", "content": row[system_column]}, *messages]
         row["messages"] = messages
+    if "tools" in row:
+        row["tools"] = parse_tools(row["tools"])
     check_messages(row, needs_answer=split not in ("test", PREDICTED))
 
 

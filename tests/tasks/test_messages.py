@@ -1,6 +1,7 @@
 """Guards minia3/tasks/messages.py and the examples that are made of conversations."""
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -164,6 +165,29 @@ def test_rows_to_predict_need_no_answer_and_lose_theirs():
 def test_tools_are_a_list_of_objects(tools):
     with pytest.raises(ValueError, match=r"'tools' is .*, expected a list of JSON objects"):
         check_messages(row(turns("q", "a"), tools=tools))
+
+
+TOOLS = [{"type": "function", "function": {"name": "é", "parameters": {"type": "object"}}}]
+
+
+@pytest.mark.parametrize("tools", [TOOLS, []])
+def test_tools_may_be_a_text_of_json(tools):
+    conversation = {"messages": turns("q", "a"), "tools": json.dumps(tools)}
+    checked = normalize_row(conversation, TaskSpec(messages="messages"), "train", 0)
+    assert checked["tools"] == tools
+
+
+def test_an_empty_text_is_no_tools():
+    conversation = {"messages": turns("q", "a"), "tools": " "}
+    checked = normalize_row(conversation, TaskSpec(messages="messages"), "train", 0)
+    assert checked["tools"] is None
+
+
+@pytest.mark.parametrize("tools", ["{}", "[1]", '[{"a": 1}', "null", "no tools", '"[]"'])
+def test_a_text_that_is_no_list_of_tools_is_refused(tools):
+    conversation = {"messages": turns("q", "a"), "tools": tools}
+    with pytest.raises(ValueError, match=r"'tools' is .*, expected a list of JSON objects"):
+        normalize_row(conversation, TaskSpec(messages="messages"), "train", 0)
 
 
 # Examples
