@@ -29,6 +29,13 @@ INTEGER_AS_FLOAT = re.compile(r"(-?\d+)\.0+")
 HIDDEN = ("-1", "-", "none", "null", "nan")
 DOUBTFUL = (*HIDDEN, "na", "n/a", "?")  # in train, they may mean that, or be labels like others
 
+# What to do about a label that is not known.
+NEW_LABEL = "add it to train, or to --labels"
+LEARNED_LABELS = (
+    "leave the row out, or give --input and --labels in place of the learned prompt and words "
+    "(task.json)"
+)
+
 
 class Labels(NamedTuple):
     """The labels of a file, in the order of the choices."""
@@ -281,11 +288,17 @@ def find_label(value, labels: Sequence[str], field: str, may_be_hidden: bool) ->
 
 
 def find_user_label(
-    value, labels: Sequence[str], prompt: Prompt, field: str, may_be_hidden: bool
+    value,
+    labels: Sequence[str],
+    prompt: Prompt,
+    field: str,
+    may_be_hidden: bool,
+    advice: str = NEW_LABEL,
 ) -> int:
     """Return the choice that a label means, as an index, or -1 if it is hidden.
 
-    labels: as the files spell them. A word of the prompt is a label, too.
+    labels: as the files spell them. A word of the prompt is a label, too. advice: what to do about
+        a label that is none of them.
 
     Raise ValueError if there is no such choice.
     """
@@ -299,7 +312,6 @@ def find_user_label(
     is_hidden = key is None or key in HIDDEN
     if is_hidden and may_be_hidden:
         return -1
-    advice = "add it to train, or to --labels"
     if is_hidden:
         advice = "leave the row out if it has no label"
     expected = f"expected one of {list_names(labels):.80}"

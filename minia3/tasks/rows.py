@@ -22,7 +22,15 @@ from minia3.tasks.format_strings import (
     roots_of,
     value_of,
 )
-from minia3.tasks.labels import INTEGER, find_choice, find_label, find_user_label, label_text
+from minia3.tasks.labels import (
+    INTEGER,
+    LEARNED_LABELS,
+    NEW_LABEL,
+    find_choice,
+    find_label,
+    find_user_label,
+    label_text,
+)
 from minia3.tasks.messages import (
     SYSTEM_COLUMNS,
     check_messages,
@@ -293,7 +301,8 @@ def read_label(row: dict, spec: TaskSpec, may_be_hidden: bool) -> int:
         return 0  # the text to write is the only choice, and the right one
     if spec.labels:
         value = label_of(row, field)
-        return find_user_label(value, spec.labels, spec.prompts[0], field, may_be_hidden)
+        advice = LEARNED_LABELS if spec.is_learned else NEW_LABEL
+        return find_user_label(value, spec.labels, spec.prompts[0], field, may_be_hidden, advice)
     return find_choice(row.get(field), row["choices"], field, may_be_hidden)
 
 

@@ -71,6 +71,8 @@ class TaskSpec(NamedTuple):
     path: Path | None = None
     # The template of conversations, if it is not the checkpoint's own.
     chat_template: str | None = None
+    # Whether an adapter has learned this prompt and these labels, from other rows.
+    is_learned: bool = False
 
     @property
     def is_published(self) -> bool:

@@ -104,6 +104,7 @@ def understand_rows(
             is_like = like is not None and has_columns(good_rows, like)
             if is_like:
                 spec = with_label_names(like, names_of_labels(paths[0], like))
+                spec = spec._replace(is_learned=True)
             else:
                 check_fields(good_rows, spec.fields, str(paths[0]))
             found = understand(good_rows, spec, flags, label_names, str(paths[0]))

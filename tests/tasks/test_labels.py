@@ -185,6 +185,22 @@ def test_a_label_that_train_has_not_is_an_error_with_its_line(tmp_path):
     assert load_task(tmp_path, labels="x,y,z").validation[1]["label"] == 2
 
 
+def test_a_label_that_an_adapter_has_not_learned_is_not_to_be_added_to_train(tmp_path):
+    """`--eval-only` has no train, and another train would not change what was learned."""
+    learned = load(tmp_path, ["x", "y", "x"], input="{text}?").spec
+    (tmp_path / "rows").mkdir()
+    rows = [{"text": "a", "label": word} for word in "xz"]
+    (tmp_path / "rows" / "test.jsonl").write_bytes(lines(*rows))
+    words = (
+        r"test\.jsonl:2: 'label' is 'z', expected one of x, y: leave the row out, or give --input"
+    )
+    with pytest.raises(ValueError, match=words):
+        load_task(tmp_path / "rows", like=learned)
+    task = load_task(tmp_path / "rows", like=learned, input="{text}?", labels="x,y,z")
+    assert task.prompts == (Prompt("{text}?", ("x", "y", "z")),)
+    assert [row["label"] for row in task.test] == [0, 2]
+
+
 @pytest.mark.parametrize(("values", "word"), [(["x", "X", "x"], "x"), ([3, 3, 3], "3")])
 def test_a_file_with_one_label_has_one_choice(values, word, tmp_path):
     """Training on it says that there is nothing to pick: see doubts.py."""
