@@ -142,9 +142,10 @@ def name_labels(
         return name_integers(sorted(map(int, counts)), field, asked, names)
     if counts.keys() <= set(BOOLEANS):
         return name_booleans(spellings, field, asked)
-    if asked:
-        return Labels(tuple(asked), tuple(asked))
     words = tuple(spellings[key] for key in counts)
+    if asked:
+        check_asked_words(words, field, asked)
+        return Labels(tuple(asked), tuple(asked))
     check_label_count(counts, field)
     return Labels(words, words)
 
@@ -255,6 +256,22 @@ def order_like_choices(labels: Labels, choices: Sequence[Sequence[str]], field: 
             "choices"
         )
     return labels
+
+
+def check_asked_words(words: Sequence[str], field: str, asked: Sequence[str]):
+    """Raise ValueError if --labels names none of the words that a column has.
+
+    They may be meant to stand for these words, but words have no order that says which for which.
+    """
+    asked_keys = set(map(label_key, asked))
+    # In test rows, a word may say that there is no label.
+    found = [word for word in words if fold_case(word) not in HIDDEN]
+    if found and not any(fold_case(word) in asked_keys for word in found):
+        raise ValueError(
+            f"{field!r} has the labels {list_names(found, N_SHOWN):.200}, and --labels names none "
+            "of them: if its words stand for these, say in a task file which for which, with "
+            "'labels', 'choices' and 'prompts'"
+        )
 
 
 def check_label_count(counts: Counter, field: str):

@@ -185,6 +185,29 @@ def test_a_label_that_train_has_not_is_an_error_with_its_line(tmp_path):
     assert load_task(tmp_path, labels="x,y,z").validation[1]["label"] == 2
 
 
+def test_words_for_words_are_refused_once_and_not_in_each_row(tmp_path):
+    # "add it to train, or to --labels" stood behind each row, and the words are in train.
+    words = (
+        r"rows\.jsonl: 'label' has the labels e, n, c, and --labels names none of them: .* which "
+        "for which, with 'labels', 'choices' and 'prompts'"
+    )
+    with pytest.raises(ValueError, match=rf"\A[^;\n]*{words}\Z"):
+        load(tmp_path, ["e", "n", "c"] * 2, labels="entailment,neutral,contradiction")
+    entry = {"prompts": [{"text": "{text}"}], "labels": ["e", "n", "c"]}
+    entry["choices"] = ["entailment", "neutral", "contradiction"]
+    (tmp_path / "task.json").write_text(json.dumps({"files": "rows.jsonl", **entry}))
+    task = load_task(tmp_path / "task.json")
+    assert task.prompts[0].choices == tuple(entry["choices"])
+    assert found_labels(task) == [0, 1, 2] * 2
+    # If one of them is a label, the others may be labels that only test has.
+    with pytest.raises(
+        ValueError, match=r"rows\.jsonl:2: 'label' is 'n', expected one of e, x: add"
+    ):
+        load(tmp_path, ["e", "n", "c"], labels="e,x")
+    # A word that stands for no label does not count.
+    assert name_labels(["-", "None", None], "label", ("x", "y")).words == ("x", "y")
+
+
 def test_a_label_that_an_adapter_has_not_learned_is_not_to_be_added_to_train(tmp_path):
     """`--eval-only` has no train, and another train would not change what was learned."""
     learned = load(tmp_path, ["x", "y", "x"], input="{text}?").spec
