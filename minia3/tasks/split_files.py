@@ -64,6 +64,16 @@ SIDE_FILES = (
     "state.json",
 )
 
+# Endings of files that hold no rows, whatever their names are: programs, texts about the data,
+# pictures, settings and models. (Other endings are unknown, so such a file may hold rows.)
+NO_ROWS = (
+    *(".py", ".pyc", ".ipynb", ".sh", ".bat", ".r", ".js"),
+    *(".md", ".rst", ".html", ".pdf", ".docx", ".log"),
+    *(".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp"),
+    *(".yaml", ".yml", ".toml", ".ini", ".cfg", ".lock"),
+    *(".pt", ".pth", ".ckpt", ".safetensors", ".gguf"),
+)
+
 EXPECTED = f"files named train, validation (or val, dev, valid) and test, as {FORMATS}"
 N_SHOWN = 5  # names in a message
 
@@ -185,7 +195,8 @@ def describe_unused(paths: list[Path], files: dict[str, list[Path]]) -> list[str
     """
     names = []
     for path in paths:
-        if path.name in SIDE_FILES:
+        has_no_rows = path.suffix.lower() in NO_ROWS and path.is_file()
+        if path.name in SIDE_FILES or has_no_rows:
             continue
         split = resembled_split(path)
         if split and split not in files:

@@ -151,7 +151,7 @@ def test_a_name_may_resemble_a_split(tmp_path, name, split):
         ("test.xlsx", "save the sheet as .csv, in UTF-8"),
         ("test.zip", "unpack it"),
         ("test", "if it holds rows, name it test.csv, or as its format is called"),
-        ("test.py", "if it holds rows, name it test.csv, or as its format is called"),
+        ("test.dat", "if it holds rows, name it test.csv, or as its format is called"),
     ],
 )
 def test_a_file_that_is_almost_the_missing_split_is_an_error(tmp_path, name, advice):
@@ -160,6 +160,15 @@ def test_a_file_that_is_almost_the_missing_split_is_an_error(tmp_path, name, adv
         f"{tmp_path / name}: not the name of a split, and there is no file of test: "
         f"{advice}, or move it elsewhere"
     )
+
+
+@pytest.mark.parametrize("ending", [".ipynb", ".py", ".sh", ".md", ".log", ".PNG", ".yaml"])
+def test_a_file_that_cannot_hold_rows_is_no_split_whatever_its_name(tmp_path, ending):
+    """A notebook that tests a model stopped the run."""
+    fill(tmp_path, "train.jsonl", f"test{ending}", f"train_model{ending}")
+    task = load_task(tmp_path)
+    assert task.is_divided
+    assert not any("not used" in note for note in task.notes)
 
 
 def test_a_folder_that_is_almost_the_missing_split_is_an_error(tmp_path):
