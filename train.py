@@ -13,6 +13,7 @@ in which order to read all of this.
 Shapes: B examples, C choices, L tokens of a choice, A adapters, one per cell.
 """
 
+import gc
 import sys
 
 from minia3.files.program import begin, end
@@ -167,7 +168,11 @@ def run_grid(run: Run, config: Config):
         run_group(run, group, config, baselines)
         del cells[:group_size]  # in place, because a cell holds parameters of its model
         run.finish_group(group, is_last=not cells)
-        del group  # before the next model is loaded
+        # Free the model before another one is loaded. Only the garbage collector frees a cycle, and
+        # --recompute and --compile give a block a forward that holds the block; with --offload, the
+        # hooks of FSDP hold each other.
+        del group
+        gc.collect()
 
     reported = {final.get("adapter") for final in run.finals}  # {None} if there is a single cell
     report(config, run.folder, run.finals, n_failed=n_cells - len(reported))

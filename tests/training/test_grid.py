@@ -587,7 +587,10 @@ def test_a_grid_of_lora_can_be_evaluated_without_a_folder(tmp_path, monkeypatch,
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
 
-def test_nothing_of_a_cell_is_in_memory_when_the_next_model_is_loaded(tmp_path, monkeypatch):
+@pytest.mark.parametrize("switches", [(), ("--recompute",)])
+def test_nothing_of_a_cell_is_in_memory_when_the_next_model_is_loaded(
+    switches, tmp_path, monkeypatch
+):
     remains = []
 
     def load_one_model(*args, **options):
@@ -598,9 +601,10 @@ def test_nothing_of_a_cell_is_in_memory_when_the_next_model_is_loaded(tmp_path, 
         return loaded
 
     monkeypatch.setattr("minia3.training.group.load_model", load_one_model)
-    gc.disable()  # nothing waits for the garbage collector
+    gc.disable()  # nothing waits until Python happens to collect garbage
     try:
-        assert run(words(tmp_path / "run", method="full", seed="0,1,2", steps=2)) == 0
+        out = tmp_path / "run"
+        assert run(words(out, *switches, method="full", seed="0,1,2", steps=2)) == 0
     finally:
         gc.enable()
     assert sum(reference() is None for reference in remains) == len(remains)
