@@ -3,7 +3,10 @@
 Each of the three hands over `run_grid` of train.py, because no module imports train.py.
 """
 
+import gc
 import sys
+import traceback
+from contextlib import contextmanager
 
 from minia3.files.messages import shorten
 from minia3.files.processes import (
@@ -62,6 +65,26 @@ def exit_code_of(words, run_grid, program, is_program):
         return code
 
 
+@contextmanager
+def freeing_memory():
+    """Return a context. If an error ends it, free what its functions held: the model, a step.
+
+    A notebook keeps its last error, and with the traceback the variables of all functions that the
+    error has ended. But the error may say how to continue, and the next model needs the memory.
+    """
+    handled_before = sys.exc_info()[1]  # by the caller, whose functions keep their variables
+    try:
+        yield
+    except BaseException as error:
+        earlier = error  # which led to this one: out of memory, before Failed
+        while earlier not in (None, handled_before):
+            traceback.clear_frames(earlier.__traceback__)
+            earlier = earlier.__context__
+        gc.collect()  # see `run_grid` in train.py
+        raise
+
+
+@freeing_memory()
 def run_config(config, run_grid, program, is_program=False):
     """Run what the flags say, and return the Run. The process stays as it was.
 

@@ -1,9 +1,11 @@
 """`minia3.train` is the script's run, and leaves the process as it was."""
 
+import gc
 import os
 import signal
 import sys
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -15,8 +17,9 @@ from running import ROOT, kill_self, metrics, outcome, run, words
 import minia3
 from minia3.files.lock import lock_folder
 from minia3.tasks.labels import split_words
-from minia3.training import from_python, trackers
+from minia3.training import from_python, group, trackers
 from minia3.training.flags import as_tuple
+from minia3.training.log import TrainingLog
 from minia3.training.optimizer import RowOptimizer
 from minia3.training.run import Failed
 
@@ -259,6 +262,81 @@ def test_a_failure_is_an_exception(tmp_path):
     with pytest.raises(Failed, match=r"the loss of step . is nan"):
         call(tmp_path / "run", lr=1e30)
     assert issubclass(Failed, RuntimeError)
+
+
+def run_out_of_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def interrupt_twice():
+    kill_self(signal.SIGINT)  # which would finish the step
+    kill_self(signal.SIGINT)
+
+
+def make_a_mistake():
+    raise ValueError("a row is too long")
+
+
+def do_nothing():
+    pass
+
+
+@pytest.mark.parametrize(
+    ("act", "flags"),
+    [
+        (run_out_of_memory, {}),
+        (run_out_of_memory, {"recompute": True}),
+        (interrupt_twice, {}),
+        (interrupt_twice, {"recompute": True}),
+        (make_a_mistake, {}),
+        (do_nothing, {"lr": 1e30}),  # the loss becomes NaN
+    ],
+)
+def test_an_error_that_a_notebook_remembers_keeps_no_model_and_no_activations(
+    act, flags, tmp_path, monkeypatch
+):
+    """The error says how to continue, and then there was no memory for a second model."""
+    remains = []
+    load_model = group.load_model
+
+    def load_noted_model(*args, **options):
+        model = load_model(*args, **options)
+        remains.extend(weakref.ref(parameter) for parameter in model.parameters())
+        return model
+
+    def add_losses(log, loss_A):
+        remains.append(weakref.ref(loss_A))  # with it, the graph of the step
+        act()
+        original(log, loss_A)
+
+    original = TrainingLog.add_losses
+    monkeypatch.setattr(group, "load_model", load_noted_model)
+    monkeypatch.setattr(TrainingLog, "add_losses", add_losses)
+    gc.disable()  # nothing waits until Python happens to collect garbage
+    try:
+        with pytest.raises((Failed, KeyboardInterrupt, ValueError)) as caught:
+            call(tmp_path / "run", **flags)
+        assert [reference() for reference in remains if reference() is not None] == []
+    finally:
+        gc.enable()
+    assert len(remains) > 3
+    assert caught.value.__traceback__ is not None  # as `sys.last_value` of a notebook keeps it
+
+
+def test_an_error_that_the_caller_handles_keeps_its_variables(tmp_path):
+    """They are cleared in what the run raises, and nowhere else."""
+
+    def fail():
+        kept = "what a debugger shows"
+        raise KeyError(kept)
+
+    try:
+        fail()
+    except KeyError as error:
+        with pytest.raises(Failed):
+            call(tmp_path / "run", lr=1e30)
+        frame = error.__traceback__.tb_next.tb_frame
+    assert frame.f_locals == {"kept": "what a debugger shows"}
 
 
 def test_a_grid_in_which_an_adapter_fails_returns_the_results_of_the_others(tmp_path):
