@@ -123,6 +123,7 @@ def run_group(run, group, config, baselines):
         if cell.progress.failure is None:
             finals = evaluate_after(group, cell)
         if config.is_training and finals and is_first():
+            run.check_folder()
             folder = run.folder / cell.folder
             save_trained(group, cell, folder)
             write_card(folder, cell.config, finals, cell.checksums)

@@ -51,6 +51,19 @@ def lock_folder(folder, name=".lock"):
         file.close()
 
 
+def is_lock_of(file, folder):
+    """Return whether a file from `lock_folder` still is the lock of `folder`.
+
+    It is not if somebody has deleted the folder, and another run has made one of the same name. If
+    only the file of the lock was removed, it is, because another run would have made a new one.
+    """
+    try:
+        found = os.stat(folder / ".lock")
+    except FileNotFoundError:
+        return True
+    return os.path.samestat(os.fstat(file.fileno()), found)
+
+
 @contextmanager
 def waiting_for_lock(folder, name):
     """Hold the lock on the file `name` in a folder during the block. Wait while others hold it."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minia3.files.lock import lock_folder
+from minia3.files.lock import is_lock_of, lock_folder
 from minia3.files.processes import (
     PeerGone,
     computing_together,
@@ -74,6 +74,7 @@ class Run:
         self.program = program
         self.resources = ExitStack()  # the lock of the folder, and a limit of memory
         self.folder = None  # None: the run leaves nothing
+        self.lock = None  # of the folder, in the process that writes
         self.is_new = config.resume is None
         self.unrecorded = {}  # see `unrecorded_flags`
         self.saved = Checkpoint(n_processes=n_processes())
@@ -110,7 +111,7 @@ class Run:
         """Lock the folder of the run, and read its checkpoint if there is one."""
         if config.resume is not None:
             self.folder = Path(config.resume)
-            self.resources.enter_context(lock_folder(self.folder))
+            self.lock = self.resources.enter_context(lock_folder(self.folder))
             clean_run(self.folder)
             saved = load_checkpoint(self.folder)
             if saved is None and config.or_resume:  # --resume alone would start over
@@ -124,7 +125,7 @@ class Run:
         elif config.out is not None or not config.eval_only:  # an evaluation may leave nothing
             folder = Path(config.out or choose_folder(config))
             recorded = dataclasses.replace(config, out=str(folder))
-            begin_run(folder, recorded, self.resources)
+            self.lock = begin_run(folder, recorded, self.resources)
             self.folder = folder
 
     @property
@@ -276,10 +277,14 @@ class Run:
         for cell in group.cells:
             cell.note_dtype(self.dtype)
 
+    def has_folder(self):
+        """Return whether the folder in which this process writes is still that of this run."""
+        folder = self.written_folder
+        return (folder / "config.json").exists() and is_lock_of(self.lock, folder)
+
     def check_folder(self):
         """Raise Failed if somebody has deleted the folder: a new one would hold half a run."""
-        folder = self.written_folder
-        if folder is not None and not (folder / "config.json").exists():
+        if self.written_folder is not None and not self.has_folder():
             raise Failed(
                 f"{self.folder}: the folder of this run was deleted or moved while it trained, "
                 "so its results have no place: begin a new run"
@@ -320,6 +325,7 @@ class Run:
         if self.written_folder is not None:
             state = group.state_dict()  # from which the run can be made longer
             if not is_last:
+                self.check_folder()
                 keep_state(self.written_folder, self.n_done, state)
         self.n_done += len(group.cells)
         if not is_last:
@@ -355,7 +361,7 @@ class Run:
 
     def discard_if_new(self):
         """Remove what a new run has written, if it has no results yet, because it has failed."""
-        if self.written_folder and self.is_new:
+        if self.written_folder and self.is_new and self.has_folder():
             close_trackers(self.trackers, "failed")  # because they write into the folder
             self.trackers = []
             discard_run(self.written_folder)

@@ -156,12 +156,12 @@ def join_values(values):
 def begin_run(folder, config, resources):
     """Lock the folder of a new run, after making it if there is none, and write its config.json.
 
-    resources: the ExitStack that holds the lock from then on. Raise ValueError if the folder cannot
-    be made or written to, or if it holds a run already.
+    resources: the ExitStack that holds the lock from then on. Return the lock. Raise ValueError if
+    the folder cannot be made or written to, or if it holds a run already.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        resources.enter_context(lock_folder(folder))
+        lock = resources.enter_context(lock_folder(folder))
         found = [name for name in CONTENTS if (folder / name).exists()]
         if found:
             raise RunExists(
@@ -173,6 +173,7 @@ def begin_run(folder, config, resources):
         except OSError:  # such as a full disk
             discard_run(folder)
             raise
+        return lock
     except OSError as error:
         raise ValueError(
             f"--out is {str(folder)!r}, expected a folder to write to: {error.strerror}"

@@ -38,10 +38,12 @@ from minia3.training import checkpoint as training_checkpoint
 from minia3.training import group as training_group
 from minia3.training import run as training_run
 from minia3.training.checkpoint import save_checkpoint
+from minia3.training.config import Config
 from minia3.training.group import Group
 from minia3.training.log import TrainingLog
 from minia3.training.metrics_file import Metrics
 from minia3.training.optimizer import RowOptimizer
+from minia3.training.run_folder import begin_run
 from minia3.training.shown_commands import resume_command
 from minia3.training.signals import WAITING
 
@@ -744,6 +746,73 @@ def test_a_folder_that_is_deleted_while_the_run_trains_is_one_line(
 
     monkeypatch.setattr(TrainingLog, "start_step", start_step)
     fails(words(out), capsys, f"{out}: the folder of this run was deleted or moved", code=1)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("metrics_of_other", [None, '{"event": "before", "step": 0}\n'])
+@pytest.mark.parametrize("at_step", [0, 3, 5])
+def test_a_run_writes_nothing_into_the_folder_that_another_run_has_made_anew(
+    at_step, metrics_of_other, tmp_path, capsys, monkeypatch
+):
+    """They wrote into the same metrics.jsonl and checkpoint.pt."""
+    out = tmp_path / "run"
+    original = TrainingLog.start_step
+    of_other_run = {}
+
+    def start_step(log):
+        if log.step == at_step:
+            shutil.rmtree(out)
+            begin_run(out, Config(out=str(out)), resources)
+            if metrics_of_other is not None:
+                (out / "metrics.jsonl").write_text(metrics_of_other)
+            of_other_run.update(contents(out))
+        return original(log)
+
+    monkeypatch.setattr(TrainingLog, "start_step", start_step)
+    with contextlib.ExitStack() as resources:
+        fails(words(out), capsys, f"{out}: the folder of this run was deleted or moved", code=1)
+        assert contents(out) == of_other_run
+        assert Path("config.json") in of_other_run
+
+
+def test_a_run_whose_lock_somebody_removes_goes_on(tmp_path, monkeypatch):
+    """The file is hidden, and a user who copies a folder may leave it out."""
+    out = tmp_path / "run"
+    original = TrainingLog.start_step
+
+    def start_step(log):
+        (out / ".lock").unlink(missing_ok=True)
+        return original(log)
+
+    monkeypatch.setattr(TrainingLog, "start_step", start_step)
+    assert run(words(out)) == 0
+    assert len(events(out, "final")) == 1
+
+
+def test_a_folder_that_is_deleted_before_the_result_is_saved_is_not_made_again(
+    tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "run"
+    message = f"{out}: the folder of this run was deleted or moved"
+    evaluate_after = train.evaluate_after
+    finish_cell = training_run.Run.finish_cell
+
+    def evaluate_and_delete(*args):
+        finals = evaluate_after(*args)
+        shutil.rmtree(out)
+        return finals
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate_after", evaluate_and_delete)
+        fails(words(out), capsys, message, code=1)
+    assert not out.exists()
+
+    def finish_and_delete(*args):
+        finish_cell(*args)
+        shutil.rmtree(out)
+
+    monkeypatch.setattr(training_run.Run, "finish_cell", finish_and_delete)
+    fails(words(out, method="lora", seed="0,1"), capsys, message, code=1)
     assert not out.exists()
 
 
