@@ -16,7 +16,14 @@ import math
 import numpy as np
 import torch
 
-from minia3.files.processes import add_over_processes, n_processes, rank
+from minia3.files.processes import (
+    add_over_processes,
+    from_first,
+    is_first,
+    n_processes,
+    overwrite_by_first,
+    rank,
+)
 
 
 def share_of_step(pairs, size):
@@ -38,6 +45,43 @@ def seed_dropout(seed, step):
     if n_processes() > 1:
         mixed = np.random.SeedSequence((seed, step, rank()))  # unrelated for neighboring numbers
         torch.manual_seed(int(mixed.generate_state(1)[0]))
+
+
+def state_from_first(state):
+    """Return the state that the first process has, in a tree of dicts and lists, on the CPU.
+
+    Each tensor is sent as it is, because the state of --method full is three times as large as the
+    model, and `from_first` would pickle it.
+    """
+    if n_processes() == 1:
+        return state
+    outline = from_first(map_tensors(without_values, state))
+    if is_first():
+        map_tensors(overwrite_by_first, state)
+        return state
+    return map_tensors(receive, outline)
+
+
+def map_tensors(function, state):
+    """Return a state with function(tensor) in place of each tensor, always in the same order."""
+    if isinstance(state, torch.Tensor):
+        return function(state)
+    if isinstance(state, dict):
+        return {name: map_tensors(function, value) for name, value in state.items()}
+    if isinstance(state, list):
+        return [map_tensors(function, value) for value in state]
+    return state
+
+
+def without_values(tensor):
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def receive(outline):
+    """Return a tensor that the first process sends. outline: from `without_values`."""
+    tensor = torch.empty_like(outline, device="cpu")
+    overwrite_by_first(tensor)
+    return tensor
 
 
 def sum_step(parameters, loss_A, n_parts, signal):

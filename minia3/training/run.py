@@ -35,6 +35,7 @@ from minia3.training.checkpoint import (
 from minia3.training.extension import extend, keep_last_state, steps_done
 from minia3.training.metrics_file import Metrics, read_metrics
 from minia3.training.outcomes import outcomes_of
+from minia3.training.replicas import state_from_first
 from minia3.training.run_folder import (
     begin_run,
     check_data,
@@ -84,8 +85,10 @@ class Run:
         try:
             if is_first():
                 self.open_folder(config)
-            opened = from_first((self.folder, self.saved, self.extended_from, self.unrecorded))
-            self.folder, self.saved, self.extended_from, self.unrecorded = opened
+            saved = dataclasses.replace(self.saved, group=None)  # which `restore` sends
+            opened = from_first((self.folder, saved, self.extended_from, self.unrecorded))
+            if not is_first():
+                self.folder, self.saved, self.extended_from, self.unrecorded = opened
         except BaseException:
             # A notebook keeps the traceback of the last error, which would keep the lock.
             self.resources.close()
@@ -266,10 +269,12 @@ class Run:
         state = self.saved.group
         origin = "checkpoint.pt"
         damage = DAMAGED
-        if state is None:  # only the machine of the first process needs to have the folder
-            state = from_first(load_state_to_extend(self.written_folder, self.n_done))
+        # Only the first process has read it, because others may be on machines without the folder.
+        if from_first(state is None):
+            state = load_state_to_extend(self.written_folder, self.n_done)
             origin = f"{STATES}/{self.n_done}.pt"
             damage = DAMAGED_STATE
+        state = state_from_first(state)
         if state is not None:
             with reading(self.folder / origin, damage, is_bounded=True):
                 group.load_state_dict(state)

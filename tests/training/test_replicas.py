@@ -1,18 +1,25 @@
 """Several processes train as one: the same numbers as a process that is alone."""
 
+import functools
 import os
+import pickle
+import shutil
+import signal
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import running
 import torch
-from ranks import run_on_ranks
+from ranks import on_ranks, run_on_ranks
 from safetensors.torch import load_file
+from torch.testing import assert_close
 from torch_version import TORCH
 
 from minia3.files import processes
 from minia3.files.lock import waiting_for_lock
-from minia3.training.replicas import seed_dropout, share_of_step, sum_step
+from minia3.files.processes import is_first
+from minia3.training.replicas import seed_dropout, share_of_step, state_from_first, sum_step
 
 TOLERANCE = 1e-9  # of float64, after some steps
 
@@ -150,6 +157,70 @@ def test_the_shares_of_a_step_are_the_whole_step(monkeypatch):
             assert sorted(pair for part in parts for pair in part) == pairs
             if n_processes == 1:
                 assert parts == [pairs[i : i + size] for i in range(0, n_pairs, size)]
+
+
+def resumed_here(words):
+    """Return the sizes of what the first process pickles for others while it resumes a run."""
+    sizes = []
+    broadcast = torch.distributed.broadcast_object_list
+
+    def note_size(values, src):
+        sizes.append(len(pickle.dumps(values)))
+        broadcast(values, src=src)
+
+    with mock.patch("torch.distributed.broadcast_object_list", note_size):
+        assert running.run(words) == 0
+    return sizes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_no_process_gets_the_state_of_a_resumed_run_as_a_pickle(is_finished, tmp_path):
+    """That of --method full is three times as large as the model, and a pickle doubles it."""
+    flags = COMMON | {"method": "full", "lr": 1e-3, "optimizer": "adamw", "steps": 12}
+    alone = tmp_path / "alone"
+    together = tmp_path / "together"
+    kill = functools.partial(running.kill_self, signal.SIGINT)
+    if is_finished:
+        assert running.run(running.words(alone, **flags | {"steps": 2})) == 0
+    else:
+        with running.at_line(0, None) as executed:
+            assert running.run(running.words(tmp_path / "whole", **flags)) == 0
+        with running.at_line(len(executed) // 2, kill):
+            assert running.run(running.words(alone, **flags)) == 128 + signal.SIGINT
+        assert 0 < running.load_checkpoint(alone).n_steps < 12
+    shutil.copytree(alone, together)
+    n_bytes = (alone / "checkpoint.pt").stat().st_size
+    steps = ["--steps", "12"] if is_finished else []
+    assert running.run(["--resume", alone, *steps]) == 0
+    sizes = on_ranks(2, resumed_here, ["--resume", together, *steps])
+    assert max(sizes[0]) < n_bytes / 20
+    expected = load_file(alone / "model" / "model.safetensors")
+    check_close(load_file(together / "model" / "model.safetensors"), expected, TOLERANCE)
+
+
+def sent_state():
+    """Return a state as the first process has it."""
+    state = None
+    if is_first():
+        odd = torch.arange(12.0).view(3, 4).t()  # not contiguous
+        state = {"a": [torch.tensor(True), {"b": odd, "c": None}], 0: torch.zeros(0, 3)}
+        state["narrow"] = torch.tensor([1.5, -2], dtype=torch.bfloat16)
+        state["number"] = torch.tensor(7)
+        state["text"] = "x"
+    return state_from_first(state)
+
+
+@pytest.mark.slow
+def test_a_state_of_any_tensors_arrives_as_it_is():
+    sent, received = on_ranks(2, sent_state)
+    assert received["a"][0] is not None
+    assert (received["text"], received["a"][1]["c"]) == ("x", None)
+    assert received.keys() == sent.keys()
+    for name in (0, "narrow", "number"):
+        assert_close(received[name], sent[name], rtol=0, atol=0)
+    assert_close(received["a"][0], torch.tensor(True))
+    assert_close(received["a"][1]["b"], torch.arange(12.0).view(3, 4).t(), rtol=0, atol=0)
 
 
 def become(monkeypatch, rank, n_processes):
