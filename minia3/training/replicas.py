@@ -2,8 +2,9 @@
 
 Every process has the whole model, all cells, and the same batches. In a step it reads every n-th
 example, divides by the counts of the whole batch, and so has a part of the gradient. The parts are
-added up in one flat tensor, after the processes have told each other whether to stop. From there
-on, all of them do the same: clip, update, stop. Only the first one writes.
+added up in a flat tensor (in several, one after the other, if all parameters train), after the
+processes have told each other whether to stop. From there on, all of them do the same: clip,
+update, stop. Only the first one writes.
 
 There is no wrapper around the model: DistributedDataParallel hooks into `forward`, and the models
 here are called through `start` and `step`, so it would silently add up nothing.
@@ -11,6 +12,7 @@ here are called through `start` and `step`, so it would silently add up nothing.
 Shapes: A adapters: the cells of the group.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -24,6 +26,10 @@ from minia3.files.processes import (
     overwrite_by_first,
     rank,
 )
+
+# Bytes that are added up at once. The vectors of (IA)^3 are fewer, and with --method full, a copy
+# of all gradients would be as large as the model.
+PORTION = 64 * 2**20
 
 
 def share_of_step(pairs, size):
@@ -85,7 +91,7 @@ def receive(outline):
 
 
 def sum_step(parameters, loss_A, n_parts, signal):
-    """Add up the gradients and the losses of a step over all processes, in one flat tensor.
+    """Add up the gradients and the losses of a step over all processes.
 
     parameters: those that have gradients get the sums. loss_A: the losses of the cells, which get
     theirs. n_parts: how many parts of the batch this process has read. signal: the number of the
@@ -106,10 +112,37 @@ def sum_step(parameters, loss_A, n_parts, signal):
 
     pieces = [p.grad for p in parameters if p.grad is not None]
     pieces.append(loss_A)
-    flat = torch.cat([piece.flatten() for piece in pieces])  # in the widest of their dtypes
-    add_over_processes(flat)
+    dtype = functools.reduce(torch.promote_types, [piece.dtype for piece in pieces])  # the widest
+    for portion in portions(pieces, PORTION // dtype.itemsize):
+        add_portion(portion, dtype)
+    return max(signals) or None
 
+
+def portions(pieces, n_most):
+    """Yield lists of tensors which together are `pieces`, and share their memory.
+
+    n_most: entries of a list. Only a tensor that is not contiguous may have more.
+    """
+    portion = []
+    n_entries = 0
+    for piece in pieces:
+        chunks = [piece]
+        if piece.is_contiguous():  # otherwise its flat form would be a copy
+            chunks = piece.view(-1).split(n_most)
+        for chunk in chunks:
+            if portion and n_entries + chunk.numel() > n_most:
+                yield portion
+                portion = []
+                n_entries = 0
+            portion.append(chunk)
+            n_entries += chunk.numel()
+    yield portion
+
+
+def add_portion(pieces, dtype):
+    """Add up tensors over all processes, in place. dtype: in which they are added."""
+    flat = torch.cat([piece.flatten().to(dtype) for piece in pieces])
+    add_over_processes(flat)
     sums = flat.split([piece.numel() for piece in pieces])
     shaped = [total.view(piece.shape) for piece, total in zip(pieces, sums, strict=True)]
     torch._foreach_copy_(pieces, shaped)
-    return max(signals) or None

@@ -19,6 +19,7 @@ from torch_version import TORCH
 from minia3.files import processes
 from minia3.files.lock import waiting_for_lock
 from minia3.files.processes import is_first
+from minia3.training import replicas
 from minia3.training.replicas import seed_dropout, share_of_step, state_from_first, sum_step
 
 TOLERANCE = 1e-9  # of float64, after some steps
@@ -295,3 +296,42 @@ def test_the_sum_has_all_dtypes_and_the_losses(monkeypatch):
     assert wide.grad.tolist() == [[0, 2], [4, 6]]
     assert unused.grad is None
     assert losses.tolist() == [3.0, 0.5]
+
+
+@pytest.mark.parametrize(("n_bytes", "n_portions"), [(2**20, 1), (64, 9), (8, 55)])
+def test_large_gradients_are_added_up_in_portions(n_bytes, n_portions, monkeypatch):
+    """With --method full, all gradients at once would take as much memory as the model."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in [(5, 7), (1,), (3, 3), ()]]
+    gradients = [torch.randn(parameter.shape, generator=generator) for parameter in parameters]
+    gradients[2] = gradients[2].bfloat16()
+    parameters[2].data = parameters[2].data.bfloat16()
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    losses = torch.arange(9.0, dtype=torch.float64)
+    sizes = []
+
+    def add(tensor):
+        if tensor.dtype != torch.long:  # the reports
+            sizes.append(tensor.nbytes)
+            tensor *= 3
+
+    become(monkeypatch, 0, 1)
+    monkeypatch.setattr(replicas, "add_over_processes", add)
+    monkeypatch.setattr(replicas, "PORTION", n_bytes)
+    sum_step(parameters, losses, 1, None)
+    assert len(sizes) == n_portions
+    assert max(sizes) <= n_bytes
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        assert_close(parameter.grad, (gradient.double() * 3).to(gradient.dtype), rtol=0, atol=0)
+    assert losses.tolist() == [3 * i for i in range(9)]
+
+
+def test_a_gradient_that_is_not_contiguous_is_added_up_too(monkeypatch):
+    parameter = torch.nn.Parameter(torch.zeros(3, 4).t())
+    parameter.grad = torch.arange(12.0).view(3, 4).t()
+    become(monkeypatch, 0, 1)
+    monkeypatch.setattr(replicas, "add_over_processes", lambda tensor: tensor.mul_(3))
+    monkeypatch.setattr(replicas, "PORTION", 16)
+    sum_step([parameter], torch.tensor([1.0]), 1, None)
+    assert_close(parameter.grad, 3 * torch.arange(12.0).view(3, 4).t(), rtol=0, atol=0)
