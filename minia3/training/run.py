@@ -103,6 +103,7 @@ class Run:
         self.dtype = None  # of the base, for the checkpoints
         self.undo_step = None  # a function, while a step computes: see `step_may_be_abandoned`
         self.trackers = []
+        self.unsent = []  # lines that the trackers have not got yet
         # What to advise if memory runs out; 0: no size is smaller. Planning it (memory_fit.py) may
         # lead to better sizes.
         self.suggested_micro_batch_size = 0
@@ -193,11 +194,27 @@ class Run:
         """
         self.check_folder()
         self.metrics.write(event=event, **values)
-        self.trackers = hand_over({"event": event, **values}, self.trackers)
+        self.unsent.append({"event": event, **values})
+        if not self.signals.is_held:
+            self.send_lines()
 
+    def send_lines(self):
+        """Hand over the lines that the trackers have not got yet.
+
+        A service may not answer, and then a signal stops the run within this call. So call it only
+        when the state of the group can be saved. The line is not tried again.
+        """
+        lines = self.unsent
+        self.unsent = []
+        for line in lines:
+            self.trackers = hand_over(line, self.trackers)
+
+    @contextmanager
     def uninterrupted(self):
         """Return a context in which signals wait, because the group's state is inconsistent."""
-        return self.signals.uninterrupted()
+        with self.signals.uninterrupted():
+            yield
+        self.send_lines()
 
     @contextmanager
     def step_may_be_abandoned(self, group):
@@ -377,4 +394,5 @@ class Run:
         ending: how the run has ended, "finished", "stopped" or "failed".
         """
         with self.resources:  # which unlocks it also if a tracker is interrupted
+            self.send_lines()  # those of the step that was the last one because of a signal
             close_trackers(self.trackers, ending)

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import running
-from running import fails, metrics, resume, run, words
+from running import fails, kill_self, load_checkpoint, metrics, resume, run, words
 
 from minia3.training import trackers
 from minia3.training.group import Group
+from minia3.training.log import TrainingLog
 from minia3.training.run import Run
 from minia3.training.trackers import figures
 
@@ -317,6 +318,63 @@ def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, capsys, monkeypatch
     assert out.count("Broken gets no more of this run, but metrics.jsonl has everything") == 1
     assert "everything: the network is gone\n" in out
     assert running.events(tmp_path / "run", "final")
+
+
+class Hanging:
+    """A service that does not answer, and so waits within `write` when SIGTERM comes."""
+
+    def __init__(self, config, folder):
+        self.lines = []
+        self.answered = []
+        self.silent_at = None  # the event and the step of the line that it does not answer
+        self.endings = []
+
+    def write(self, line):
+        self.lines.append((line["event"], line["step"]))
+        if (line["event"], line["step"]) == self.silent_at:
+            kill_self(signal.SIGTERM)
+        self.answered.append((line["event"], line["step"]))
+
+    def close(self, ending):
+        self.endings.append(ending)
+
+
+@pytest.mark.parametrize("event", ["train", "eval"])
+def test_a_tracker_that_does_not_answer_holds_no_signal_back(event, tmp_path, monkeypatch):
+    """Until it answered, the run could not stop, and then it was killed between checkpoints."""
+    flags = {"steps": 12, "save_every": 100, "eval_every": 10}
+    assert run(words(tmp_path / "whole", **flags)) == 0
+    out = tmp_path / "run"
+    tracker = Hanging(None, None)
+    tracker.silent_at = (event, 10)
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", lambda config, folder: tracker)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert run(words(out, log_to="wandb", **flags)) == 128 + signal.SIGTERM
+    assert tracker.lines[-1] == (event, 10)
+    assert tracker.answered == tracker.lines[:-1]
+    assert tracker.endings == ["stopped"]
+    assert load_checkpoint(out).n_steps == 10
+    tracker.silent_at = None
+    assert resume(out) == 0
+    assert running.outcome(out) == running.outcome(tmp_path / "whole")
+
+
+def test_a_tracker_has_the_lines_of_the_step_in_which_a_run_is_stopped(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    tracker = Hanging(None, None)
+    original = TrainingLog.write_training
+
+    def write_training(log, cells):
+        original(log, cells)
+        if log.step == 10:
+            kill_self(signal.SIGTERM)
+
+    monkeypatch.setattr(TrainingLog, "write_training", write_training)
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", lambda config, folder: tracker)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert run(words(out, steps=12, log_to="wandb")) == 128 + signal.SIGTERM
+    assert tracker.lines == [(line["event"], line["step"]) for line in metrics(out)]
+    assert tracker.lines[-1] == ("train", 10)
 
 
 def test_a_tracker_that_fails_while_a_run_is_resumed_does_not_end_it(tmp_path, capsys, monkeypatch):
