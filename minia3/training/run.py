@@ -37,11 +37,11 @@ from minia3.training.metrics_file import Metrics, read_metrics
 from minia3.training.outcomes import outcomes_of
 from minia3.training.replicas import state_from_first
 from minia3.training.run_folder import (
+    begin_default_run,
     begin_run,
     check_data,
     check_same_weights,
     checksums_of_run,
-    choose_folder,
     clean_run,
     digest_weights,
     discard_run,
@@ -126,11 +126,13 @@ class Run:
                 self.extended_from = steps_done(saved, config)
                 saved = extend(saved, config, self.extended_from)
             self.saved = saved or self.saved
-        elif config.out is not None or not config.eval_only:  # an evaluation may leave nothing
-            folder = Path(config.out or choose_folder(config))
+        elif config.out:
+            folder = Path(config.out)
             recorded = dataclasses.replace(config, out=str(folder))
             self.lock = begin_run(folder, recorded, self.resources)
             self.folder = folder
+        elif not config.eval_only:  # an evaluation may leave nothing
+            self.folder, self.lock = begin_default_run(config, self.resources)
 
     @property
     def continuation(self):

@@ -14,12 +14,13 @@ import platform
 import re
 import shutil
 import subprocess
-from contextlib import suppress
+import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from minia3 import __version__
 from minia3.checkpoints.layout import local_weights
-from minia3.files.lock import lock_folder, remove_lock
+from minia3.files.lock import SECONDS_BETWEEN_TRIES, FolderLocked, lock_folder, remove_lock
 from minia3.files.read import read_json, sample_digest, sha256
 from minia3.files.write import remove_leftovers, write_json
 from minia3.tasks.split_files import short_name
@@ -38,6 +39,7 @@ RUNS = Path("runs")  # the folder of runs without --out
 LONGEST_NAME = 50  # characters of a list of values; a longer one is abbreviated
 LONGEST_VALUE = 20  # characters of the value of a flag
 NOT_IN_NAMES = r'[\x00-\x1f<>:"/\\|?*]'  # characters that a name of a file cannot have on Windows
+BEGINNING = 10.0  # seconds within which a run that holds its folder has written its flags
 
 
 class RunExists(ValueError):
@@ -178,6 +180,28 @@ def begin_run(folder, config, resources):
         raise ValueError(
             f"--out is {str(folder)!r}, expected a folder to write to: {error.strerror}"
         ) from None
+
+
+def begin_default_run(config, resources):
+    """Begin a run without --out, as `begin_run` does. Return its folder, and the lock.
+
+    The jobs of an array begin together, and may all have chosen the same folder before the first
+    one has written its flags there. So a run that finds its folder taken chooses again.
+    """
+    deadline = time.monotonic() + BEGINNING
+    while True:
+        folder = choose_folder(config)
+        recorded = dataclasses.replace(config, out=str(folder))
+        try:
+            with ExitStack() as held:  # so that no lock of another folder is kept
+                lock = begin_run(folder, recorded, held)
+                resources.enter_context(held.pop_all())
+                return folder, lock
+        except (FolderLocked, RunExists) as error:
+            has_flags = (folder / "config.json").exists() or isinstance(error, RunExists)
+            if time.monotonic() > deadline or (has_flags and choose_folder(config) == folder):
+                raise
+        time.sleep(SECONDS_BETWEEN_TRIES)
 
 
 def clean_run(folder):

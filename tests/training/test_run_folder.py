@@ -1,5 +1,6 @@
 """The folder of a run: no run overwrites another, and it records what the run depends on."""
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -10,6 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -19,16 +22,21 @@ from running import contents, fails, kill_self, metrics, resume, run, train, wor
 
 import minia3
 from minia3.checkpoints.known_models import EMBEDDED
-from minia3.files.lock import lock_folder
+from minia3.files.lock import FolderLocked, lock_folder
 from minia3.files.read import sample_digest
 from minia3.tasks.splits import load_task
 from minia3.training import group as training_group
 from minia3.training import run as training_run
+from minia3.training import run_folder
+from minia3.training.config import Config
 from minia3.training.metrics_file import Metrics
 from minia3.training.run_folder import (
+    begin_default_run,
+    choose_folder,
     describe_difference,
     discard_run,
     environment,
+    read_run_config,
     restore_flags,
     run_name,
 )
@@ -176,6 +184,70 @@ def test_a_mistake_leaves_no_empty_folder_behind(tmp_path, monkeypatch, capsys):
     (tmp_path / "runs" / "other").mkdir(parents=True)
     fails(words(None, task="nowhere.jsonl"), capsys, "nowhere.jsonl")
     assert [path.name for path in Path("runs").iterdir()] == ["other"]
+
+
+def begin_two(monkeypatch, second_flags):
+    """Begin a run with the default flags, and another while the first one has no config.json yet.
+
+    Return the folder of the first, and that of the second or its error. Both hold their locks.
+    """
+    is_waiting = threading.Event()
+    outcomes = []
+    threads = []
+    environment = run_folder.environment
+
+    def begin_second(resources):
+        try:
+            folder, _ = begin_default_run(Config(**second_flags), resources)
+            outcomes.append(folder)
+        except ValueError as error:
+            outcomes.append(error)
+        is_waiting.set()  # if it has not waited at all
+
+    def environment_and_second():
+        if not threads:
+            threads.append(threading.Thread(target=begin_second, args=(resources,)))
+            threads[0].start()
+            assert is_waiting.wait(60)
+        return environment()
+
+    def wait(seconds):
+        is_waiting.set()
+        sleep(seconds)
+
+    sleep = time.sleep
+    monkeypatch.setattr(run_folder, "environment", environment_and_second)
+    monkeypatch.setattr(time, "sleep", wait)
+    with contextlib.ExitStack() as resources:
+        first, _ = begin_default_run(Config(), resources)
+        threads[0].join(60)
+    return first, outcomes[0]
+
+
+def test_two_runs_that_begin_at_once_choose_different_folders(tmp_path, monkeypatch):
+    """Jobs of an array start together, and the second one said that its folder is taken."""
+    monkeypatch.chdir(tmp_path)
+    first, second = begin_two(monkeypatch, {"lr": 0.2})
+    assert second == Path(f"{first}-lr0.2")
+    assert read_run_config(first)["lr"] == Config().lr
+    assert read_run_config(second)["lr"] == 0.2
+    assert read_run_config(second)["out"] == str(second)
+
+
+def test_of_two_equal_runs_that_begin_at_once_the_second_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = begin_two(monkeypatch, {})
+    assert isinstance(second, FolderLocked)
+    assert str(second) == f"{first}: another run is writing there"
+
+
+def test_a_folder_in_which_no_run_begins_is_not_waited_for_long(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_folder, "BEGINNING", 0.1)
+    folder = choose_folder(Config())
+    folder.mkdir(parents=True)
+    with lock_folder(folder), contextlib.ExitStack() as resources, pytest.raises(FolderLocked):
+        begin_default_run(Config(), resources)
 
 
 def test_a_disk_that_is_full_from_the_beginning_leaves_no_empty_folder_behind(
