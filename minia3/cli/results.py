@@ -36,10 +36,10 @@ UNNAMED_FLAGS = {
     # other ways to compute the same result (`checkpoint` is the older name of `recompute`)
     *("deterministic", "recompute", "checkpoint", "compile", "shard", "offload", "check_weights"),
     *("micro_batch_size", "eval_batch_size", "save_every"),
-    "epochs",  # `steps` says how many steps they were
     *NOT_FLAGS,
 }
-BUDGET_FLAGS = ("steps", "batch_size")  # compared between all methods, because they are the effort
+LENGTHS = ("steps", "epochs")  # a result keeps one of them: see `choose_lengths`
+TASK_FLAGS = ("input", "target", "labels", "metric", "chat_template")  # which suit a single task
 EXTENDED = "extended from"  # no flag: the steps after which `--resume --steps` made a run longer
 
 
@@ -395,26 +395,24 @@ def select_flags(run, final):
 def label_results(results):
     """Set the label of each result: its method, and the flags in which it differs from others.
 
-    A flag is compared between the results that have it (older versions lack some), and
-    - the budget between all methods,
-    - the shots between the results of one method on one task, because T-Few's differ by task,
-    - any other flag between the results of one method.
-    If a flag differs for one adapter of a grid, all adapters of the grid name it: they share a row.
-    That a run was made longer is always named.
+    See `comparison` for the results between which a flag is compared. Older versions lack some
+    flags, and such results are not compared. If a flag differs for one adapter of a grid, all
+    adapters of the grid name it: they share a row. That a run was made longer is always named.
     """
-    values = {}  # what is compared -> the different values that were found
-    for result in results:
-        for flag, value in result.flags.items():
-            found = values.setdefault(comparison(result, flag), [])
-            if value not in found:
-                found.append(value)
+    choose_lengths(results)
+    different = find_differences(results)
+    # T-Few's shots differ by task, so they are compared within each. If they differ there, all
+    # results of the method name them: otherwise other tasks would look like trained on all rows.
+    methods_with_shots = {method for flag, method, _ in different if flag == "shots"}
 
     named_flags = {}  # folder of a run -> the flags that its results name
     for result in results:
         named = named_flags.setdefault(result.run_folder, set())
         for flag in result.flags:
-            if flag == EXTENDED or len(values[comparison(result, flag)]) > 1:
+            if flag == EXTENDED or comparison(result, flag) in different:
                 named.add(flag)
+        if result.method in methods_with_shots:
+            named.add("shots")
 
     for result in results:
         parts = [result.method]
@@ -422,6 +420,17 @@ def label_results(results):
             if flag in named_flags[result.run_folder]:
                 parts += name_flag(flag, value)
         result.label = ", ".join(parts)
+
+
+def find_differences(results):
+    """Return the set of the keys, from `comparison`, for which results have different values."""
+    values = {}  # key -> the flags and values that were found
+    for result in results:
+        for flag, value in result.flags.items():
+            found = values.setdefault(comparison(result, flag), [])
+            if (flag, value) not in found:
+                found.append((flag, value))
+    return {key for key, found in values.items() if len(found) > 1}
 
 
 def name_flag(flag, value):
@@ -435,13 +444,34 @@ def name_flag(flag, value):
     return [text]
 
 
+def choose_lengths(results):
+    """Keep of each result either the steps or the epochs, whichever says how long training was.
+
+    Equal steps are equal, however they were given. If steps differ, --epochs is the budget of the
+    results that it was given for: the same epochs are other steps on other data.
+    """
+    steps = [result.flags["steps"] for result in results if "steps" in result.flags]
+    is_equal = all(number == steps[0] for number in steps)
+    for result in results:
+        has_epochs = result.flags.get("epochs") is not None
+        left_out = "steps" if has_epochs and not is_equal else "epochs"
+        result.flags.pop(left_out, None)
+
+
 def comparison(result, flag):
-    """Return a key that is the same for all results whose values of a flag are compared."""
-    if flag in BUDGET_FLAGS:
-        return (flag,)
-    if flag == "shots":
+    """Return a key that is the same for all results whose values of a flag are compared.
+
+    The budget is compared between all methods, because it is the effort. Shots, and flags that suit
+    a single task, are compared between the results of one method on one task. Any other flag is
+    compared between the results of one method.
+    """
+    if flag in LENGTHS:
+        return ("length", None, None)
+    if flag == "batch_size":
+        return (flag, None, None)
+    if flag == "shots" or flag in TASK_FLAGS:
         return (flag, result.method, result.task)
-    return (flag, result.method)
+    return (flag, result.method, None)
 
 
 def tell_data_apart(results):

@@ -130,9 +130,44 @@ def test_shots_are_compared_within_a_task(tmp_path):
     make_run(tmp_path / "b", task="hellaswag", shots=20)
     assert labels(tmp_path) == ["ia3", "ia3"]
     make_run(tmp_path / "c", task="rte", shots=4)
-    assert labels(tmp_path) == ["ia3, shots 32", "ia3", "ia3, shots 4"]
+    assert labels(tmp_path) == ["ia3, shots 32", "ia3, shots 20", "ia3, shots 4"]
     make_run(tmp_path / "d", task="rte")  # all rows: this is no number of shots
-    assert labels(tmp_path) == ["ia3, shots 32", "ia3", "ia3, shots 4", "ia3"]
+    assert labels(tmp_path) == ["ia3, shots 32", "ia3, shots 20", "ia3, shots 4", "ia3"]
+    make_run(tmp_path / "e", [{"trainable": 9}], task="rte", method="lora", shots=8)
+    assert labels(tmp_path)[-1] == "lora"  # the shots of other methods do not matter
+
+
+def test_few_shots_on_one_task_are_not_named_like_all_rows_of_another(tmp_path):
+    """The row `ia3` had all rows of rte, 32 of cb, and their average."""
+    make_run(tmp_path / "a", task="rte", shots=32)
+    make_run(tmp_path / "b", task="rte")
+    make_run(tmp_path / "c", task="cb", shots=32)
+    assert labels(tmp_path) == ["ia3, shots 32", "ia3", "ia3, shots 32"]
+
+
+def test_flags_that_suit_a_task_are_compared_within_it(tmp_path):
+    """Each data set has its own columns and labels, and still they share a row."""
+    make_run(tmp_path / "a", task="x", input="{text}", labels="no,yes", target=None)
+    make_run(tmp_path / "b", task="y", input="{title}", labels="bad,good", target="stars")
+    assert labels(tmp_path) == ["ia3", "ia3"]
+    make_run(tmp_path / "c", task="x", input="{text} Good?", labels="no,yes", target=None)
+    assert labels(tmp_path) == ["ia3, input {text}", "ia3", "ia3, input {text} Good?"]
+
+
+def test_equal_epochs_are_an_equal_budget_though_their_steps_differ(tmp_path):
+    make_run(tmp_path / "a", task="x", epochs=3.0, steps=90)
+    make_run(tmp_path / "b", task="y", epochs=3.0, steps=120)
+    make_run(tmp_path / "c", [{"trainable": 0}], method="none", epochs=None, steps=1000)
+    assert labels(tmp_path) == ["ia3", "ia3", "none"]
+    make_run(tmp_path / "d", task="x", epochs=None, steps=100)
+    expected = ["ia3, epochs 3.0", "ia3, epochs 3.0", "none", "ia3, steps 100"]
+    assert labels(tmp_path) == expected
+
+
+def test_equal_steps_are_an_equal_budget_however_they_were_given(tmp_path):
+    make_run(tmp_path / "a", epochs=3.0, steps=90)
+    make_run(tmp_path / "b", epochs=None, steps=90, seed=1)
+    assert labels(tmp_path) == ["ia3", "ia3"]
 
 
 def test_all_adapters_of_a_grid_name_the_flags_in_which_one_of_them_differs(tmp_path):
