@@ -397,7 +397,8 @@ def label_results(results):
 
     See `comparison` for the results between which a flag is compared. Older versions lack some
     flags, and such results are not compared. If a flag differs for one adapter of a grid, all
-    adapters of the grid name it: they share a row. That a run was made longer is always named.
+    adapters of the grid name it: they share a row. Always named are that a run was made longer, and
+    an adapter that was only evaluated.
     """
     choose_lengths(results)
     different = find_differences(results)
@@ -409,7 +410,7 @@ def label_results(results):
     for result in results:
         named = named_flags.setdefault(result.run_folder, set())
         for flag in result.flags:
-            if flag == EXTENDED or comparison(result, flag) in different:
+            if is_always_named(result, flag) or comparison(result, flag) in different:
                 named.add(flag)
         if result.method in methods_with_shots:
             named.add("shots")
@@ -420,6 +421,12 @@ def label_results(results):
             if flag in named_flags[result.run_folder]:
                 parts += name_flag(flag, value)
         result.label = ", ".join(parts)
+
+
+def is_always_named(result, flag):
+    """Return whether a flag says what a result is, even if no other result differs in it."""
+    is_adapter_alone = flag == "adapter" and not result.n_trainable
+    return is_adapter_alone or flag == EXTENDED
 
 
 def find_differences(results):

@@ -141,8 +141,10 @@ def test_a_base_that_was_only_evaluated_has_the_method_none(tmp_path):
     make_run(tmp_path / "a", untrained, eval_only=True, adapter=None)
     make_run(tmp_path / "b", untrained, eval_only=True, adapter="x")
     make_run(tmp_path / "c", untrained, eval_only=True, adapter=None, method="icl")
+    make_run(tmp_path / "d", untrained, adapter="y", method="none")
     rows, _ = table_rows([tmp_path])
-    assert [row.method for row in rows] == ["ia3", "icl", "none"]
+    expected = ["icl", "none", "ia3, adapter x", "none, adapter y"]  # and not like `none` alone
+    assert [row.method for row in rows] == expected
 
 
 def test_one_adapter_of_a_single_task_is_no_mixture(tmp_path):
