@@ -12,6 +12,7 @@ Folders that older versions wrote are read, too, although their config.json has 
 
 import hashlib
 import json
+import shlex
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ UNNAMED_FLAGS = {
 }
 LENGTHS = ("steps", "epochs")  # a result keeps one of them: see `choose_lengths`
 TASK_FLAGS = ("input", "target", "labels", "metric", "chat_template")  # which suit a single task
+MOST_PATHS = 5  # that a message names
 EXTENDED = "extended from"  # no flag: the steps after which `--resume --steps` made a run longer
 
 
@@ -130,6 +132,9 @@ def read_results(folders):
     """
     results, missing = read_runs(folders)
     notes = []
+    unread = unread_folders(folders)
+    if unread:
+        notes.append(f"folders of runs inside, not read: {join_paths(unread)}")
     if missing:
         names = ", ".join(missing)
         notes.append(f"{len(missing)} left out, because metrics.jsonl has no result: {names}")
@@ -189,10 +194,39 @@ def find_runs(folders):
 
 def found_instead(folder):
     """Return the end of a message about a folder without runs."""
-    folders = sorted({str(path.parents[1]) for path in folder.glob("*/*/metrics.jsonl")})
+    folders = folders_of_runs(folder)
     if folders:  # as in the folder `runs` after a study
-        return f"found folders of runs inside: give {' '.join(folders):.200}"
+        return f"found folders of runs inside: give {join_paths(folders)}"
     return "found no config.json"
+
+
+def unread_folders(folders):
+    """Return the folders of runs that lie inside `folders`, and whose runs nobody asked for.
+
+    Such a folder lies beside the runs that are read, as the one of a study does.
+    """
+    read = {path.resolve() for path in find_runs(folders)}
+    unread = []
+    for folder in map(Path, folders):
+        if not (folder / "config.json").exists():
+            for path in folders_of_runs(folder):
+                inside = {line.parent.resolve() for line in path.glob("*/metrics.jsonl")}
+                if not inside <= read:
+                    unread.append(path)
+    return list(dict.fromkeys(unread))
+
+
+def folders_of_runs(folder):
+    """Return the folders in `folder` that have runs in them, and are no runs themselves."""
+    found = {path.parents[1] for path in folder.glob("*/*/metrics.jsonl")}
+    return sorted(path for path in found if not (path / "config.json").exists())
+
+
+def join_paths(paths):
+    """Return paths as people type them. Of many, only the first."""
+    text = shlex.join(map(str, paths[:MOST_PATHS]))
+    n_more = len(paths) - MOST_PATHS
+    return f"{text} and {n_more} more" if n_more > 0 else text
 
 
 @contextmanager

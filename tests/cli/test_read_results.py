@@ -2,6 +2,7 @@
 left out and reported, and that a damaged file, or a folder without a run, is one line."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -436,6 +437,33 @@ def test_a_folder_of_folders_of_runs_is_told_apart(tmp_path):
     with pytest.raises(ValueError, match=r"runs: expected a run") as error:
         read_results([tmp_path / "runs"])
     assert str(error.value).endswith(f"give {tmp_path / 'runs' / 'study'}")
+
+
+def test_folders_of_runs_are_named_as_people_type_them_and_whole(tmp_path):
+    """They were cut within a path, and a space in one made two."""
+    for number in range(7):
+        make_run(tmp_path / "runs" / f"a study {number}" / "run")
+    with pytest.raises(ValueError, match="found folders of runs inside") as error:
+        read_results([tmp_path / "runs"])
+    given = str(error.value).partition(": give ")[2]
+    paths = [str(tmp_path / "runs" / f"a study {number}") for number in range(5)]
+    assert shlex.split(given) == [*paths, "and", "2", "more"]
+
+
+def test_folders_of_runs_beside_runs_are_reported(tmp_path):
+    """With one plain run in the folder, the studies in it vanished without a word."""
+    runs = tmp_path / "runs"
+    make_run(runs / "first")
+    make_run(runs / "study" / "run", seed=1)
+    results, note = read_results([runs])
+    assert [result.run_folder.name for result in results] == ["first"]
+    assert note == f"folders of runs inside, not read: {runs / 'study'}"
+    results, note = read_results([runs, runs / "study"])
+    assert [result.run_folder.name for result in results] == ["first", "run"]
+    assert note == ""
+    assert read_results([runs / "first"])[1] == ""
+    make_run(runs / "first" / "below", seed=2)  # `minia3 table runs/first` would not read it
+    assert "first" not in read_results([runs])[1]
 
 
 def test_a_folder_of_nothing_but_other_folders_has_no_result(tmp_path):
