@@ -119,6 +119,11 @@ def n_on_machine():
     return int(os.environ.get("LOCAL_WORLD_SIZE", _process.n_processes))
 
 
+def n_per_copy():
+    """Return how many processes hold one copy of the model of this run together."""
+    return _process.n_per_copy
+
+
 @contextmanager
 def meeting():
     """Raise PeerGone if another process ends while this one waits for it in the block."""
@@ -235,17 +240,17 @@ def dividing():
         _process.is_dividing = False
 
 
-def hold_together(n_per_copy):
-    """Say that every `n_per_copy` processes in a row hold one copy of a model (model/shard.py).
+def hold_together(number):
+    """Say that every `number` processes in a row hold one copy of a model (model/shard.py).
 
     They must make equally many passes. Raise ValueError if some processes would be left over.
     """
-    if _process.n_processes % n_per_copy:
+    if _process.n_processes % number:
         raise ValueError(
-            f"--shard {n_per_copy} makes groups of {n_per_copy} processes, but there are "
+            f"--shard {number} makes groups of {number} processes, but there are "
             f"{_process.n_processes}: expected a multiple (torchrun --nproc-per-node)"
         )
-    _process.n_per_copy = n_per_copy
+    _process.n_per_copy = number
 
 
 def share(items):

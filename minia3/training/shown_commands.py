@@ -4,7 +4,7 @@ import dataclasses
 import os
 import shlex
 
-from minia3.files.processes import n_on_machine, n_processes
+from minia3.files.processes import n_on_machine, n_per_copy, n_processes
 from minia3.training.flags import flag_words, option
 
 # A result depends on these flags even if nothing is trained.
@@ -111,12 +111,18 @@ def using_command(config, answer, adapter=None):
 
     config: the flags of the run. answer: how its rows are answered (METRICS in tasks/task.py).
     adapter: the folder of the adapter; None if the model of `config` itself was trained.
+    If one device did not hold the base in this run, the command divides it, too.
     """
     words = ["minia3", "predict", config.model, "new.csv"]
-    names = ["max_length", "max_new_tokens", "dtype", "quantize"]
+    names = ["max_length", "max_new_tokens", "dtype", "quantize", "offload"]
     if answer == "messages":
         words = ["minia3", "generate", config.model, "--chat"]
-        names = ["max_new_tokens", "dtype", "quantize"]
+        names.remove("max_length")
+    if n_per_copy() > 1:
+        count = str(n_per_copy()) if n_per_copy() <= n_on_machine() else "..."
+        words = ["torchrun", "--nproc-per-node", count, "-m", *words, "--shard"]
+    if n_per_copy() > 1 and answer == "messages":
+        words.insert(words.index(config.model) + 1, "PROMPT")  # only one process can converse
     if adapter is not None:
         words += ["--adapter", str(adapter)]
     if config.is_mixture and answer != "messages":

@@ -8,6 +8,7 @@ import pytest
 from running import train
 
 from minia3.cli.main import parse
+from minia3.files import processes
 from minia3.training.command_line import parse_flags
 from minia3.training.report import before_after, describe, report
 from minia3.training.shown_commands import training_command, using_command
@@ -238,6 +239,31 @@ def test_the_command_that_uses_an_adapter_has_the_flags_that_an_answer_depends_o
     assert (args.command, args.model, args.file) == ("predict", "my model", "new.csv")
     assert (args.adapter, args.dtype, args.max_length) == ("runs/x/adapter", "float64", 5)
     assert (args.max_new_tokens, args.prompt) == (6, 3)
+
+
+def test_a_base_that_one_device_does_not_hold_is_divided_in_use_too(monkeypatch):
+    """Without its --shard, the command ran out of memory."""
+    monkeypatch.setattr(processes._process, "n_processes", 4)
+    monkeypatch.setattr(processes._process, "n_per_copy", 2)
+    config = train.Config(offload=True)
+    words = using_command(config, "choices", Path("a"))
+    assert words[:4] == ["torchrun", "--nproc-per-node", "2", "-m"]
+    args = parse(words[5:])
+    assert (args.command, args.file, args.adapter) == ("predict", "new.csv", "a")
+    assert (args.shard, args.offload) == (0, True)
+    args = parse(using_command(config, "messages", Path("a"))[5:])
+    assert (args.command, args.prompts, args.chat, args.shard) == ("generate", ["PROMPT"], True, 0)
+    monkeypatch.setattr(processes._process, "n_per_copy", 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # on two machines
+    assert using_command(config, "choices")[:4] == ["torchrun", "--nproc-per-node", "...", "-m"]
+    monkeypatch.setattr(processes._process, "n_per_copy", 1)
+    assert using_command(config, "choices") == [
+        "minia3",
+        "predict",
+        "tiny-t5",
+        "new.csv",
+        "--offload",
+    ]
 
 
 def test_several_prompts_and_chats_have_no_prompt_to_use():
