@@ -236,7 +236,8 @@ def make_forms(args):
         says_form = args.task is not None or bool(tasks)
     flags = read_flags(ColumnFlags(input=args.input, labels=args.labels))
     if not says_form:
-        check_prompt_number(args.prompt, n_prompts=1)
+        if not by_adapter:  # `make_form` has checked the number for each adapter's prompts
+            check_prompt_number(args.prompt, n_prompts=1)
         return Forms(None, by_adapter, flags)
     return Forms(make_form(choose_task(args, tasks), args), by_adapter, flags)
 

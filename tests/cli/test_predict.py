@@ -212,6 +212,30 @@ def test_an_adapter_of_a_known_task_labels_its_rows_without_the_task(tmp_path, c
     )
 
 
+def test_the_adapters_of_a_folder_get_the_prompt_of_this_number(tmp_path, capsys):
+    """It was refused: rows that name no adapter have a single prompt."""
+    folder = tmp_path / "data" / "rte"
+    folder.mkdir(parents=True)
+    row = {"premise": "w5", "hypothesis": "w6"}
+    lines = [json.dumps({**row, "label": label}) for label in ("entailment", "not_entailment")]
+    for name in ("train", "val"):
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "run"
+    flags = {"model": "tiny-t5", "task": "rte", "data_dir": tmp_path / "data", "seed": "0,1"}
+    assert run(words(out, steps=2, **flags)) == 0
+    adapters = out / "adapters"
+    new = tmp_path / "new.jsonl"
+    new.write_text(json.dumps(row | {"adapter": "s1"}) + "\n")
+    (result,) = predicted(capsys, new, "--adapter", adapters, "--prompt", 3, base="tiny-t5")
+    new.write_text(json.dumps(row) + "\n")
+    (alone,) = predicted(capsys, new, "--adapter", adapters / "s1", "--prompt", 3, base="tiny-t5")
+    assert result["scores"] == pytest.approx(alone["scores"], abs=1e-5)
+    (other,) = predicted(capsys, new, "--adapter", adapters / "s1", base="tiny-t5")
+    assert result["scores"] != pytest.approx(other["scores"], abs=1e-5)
+    error = failure(capsys, "predict", "tiny-t5", new, "--adapter", adapters, "--prompt", 5)
+    assert "expected 0 to 4" in error
+
+
 def test_each_row_has_the_words_of_its_own_adapter(labeled, tmp_path, capsys):
     rows = [{"Question": f"w{10 + i}", "answer": f"w{3 + i % 2}"} for i in range(20)]
     questions = write_csv(tmp_path / "questions.csv", rows)
