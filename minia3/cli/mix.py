@@ -1,12 +1,14 @@
 """`mix`: make one (IA)^3 adapter out of several."""
 
 import argparse
+import os
 import warnings
 from contextlib import suppress
 from itertools import combinations
 
 from minia3.cli.arguments import add_new_folder, describe_folder, writing_new_folder
 from minia3.cli.terminal import show
+from minia3.files.messages import plural
 
 TITLE = "Mix several adapters into one"
 EXAMPLE = "minia3 mix mixed one/adapter:0.5 other/adapter:0.5"
@@ -40,7 +42,19 @@ def weighted_adapter(text):
     raise argparse.ArgumentTypeError(f"found {text!r}, {expected}")
 
 
+def check_out(path):
+    """Raise ValueError if the folder to write was forgotten: the first adapter is taken for it."""
+    with suppress(argparse.ArgumentTypeError):
+        weighted_adapter(path)
+        if not os.path.exists(path):
+            raise ValueError(
+                f"found an adapter and its weight, {path}, expected the folder to write first, as "
+                f"in {EXAMPLE}"
+            )
+
+
 def run(args):
+    check_out(args.out)
     from minia3.adapters.mix import mix
     from minia3.adapters.peft_files import read_adapter, write_adapter
     from minia3.checkpoints.hub import find_adapter
@@ -57,7 +71,8 @@ def run(args):
     with writing_new_folder(args.out) as folder:
         write_adapter(folder, vectors, base)
         copy_task_file([find_adapter(name) for name, _ in args.adapters], folder)
-    show(f"mixed {len(args.adapters)} adapters: {describe_folder(args.out)}")
+    n_adapters = len(args.adapters)
+    show(f"mixed {n_adapters} {plural(n_adapters, 'adapter')}: {describe_folder(args.out)}")
 
 
 def common_base(bases):

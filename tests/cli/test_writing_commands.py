@@ -232,6 +232,17 @@ def test_mix_writes_what_the_function_returns(how, adapters):
     assert read_adapter(adapters / "out").base == read_adapter(one).base == "tiny-t5"
 
 
+def test_an_adapter_is_not_taken_for_the_forgotten_folder_of_a_mixture(
+    adapters, capsys, monkeypatch
+):
+    monkeypatch.chdir(adapters)
+    message = failure(capsys, "mix", "one/adapter:0.5", "other/adapter:0.5")
+    assert "expected the folder to write first, as in minia3 mix mixed" in message
+    assert files_in(adapters / "one") == ["adapter"]
+    (adapters / "mine:1").mkdir()  # whoever makes such a folder means it
+    assert output(capsys, "mix", "mine:1", "one/adapter:1").startswith("mixed 1 adapter: mine:1: ")
+
+
 def name_base(folder, base):
     """Let the files of an adapter name this base; None: none."""
     path = folder / "adapter" / "adapter_config.json"
