@@ -43,7 +43,8 @@ ADVICE = {
     "--max-seq-length": "did you mean --max-length?",
     "--bf16": "did you mean --dtype bfloat16?",
     "--fp16": "did you mean --dtype bfloat16, or float16 (not for T5)?",
-    "--checkpoint": "to continue a run, give its folder, as in --resume {run}",
+    "--checkpoint": "did you mean --recompute (its name since 0.2), or, to continue a run, "
+    "--resume {run}?",
     "--resume-from-checkpoint": "did you mean --resume?",
 }
 

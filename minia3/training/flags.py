@@ -48,9 +48,12 @@ class Parser(argparse.ArgumentParser):
         typed, _, value = word.partition("=")
         advice = self.advice.get(typed.replace("_", "-"))
         if advice is not None:
-            following = words[words.index(word) + 1 :]
-            path = Path(value or next(iter(following), "runs/my-run"))
-            run = path.parent if path.suffix == ".pt" else path
+            if not value:
+                value = next(iter(words[words.index(word) + 1 :]), "-")
+            run = "FOLDER"
+            if not value.startswith("-"):  # or it is the next flag
+                path = Path(value)
+                run = path.parent if path.suffix == ".pt" else path
             return f": {advice.format(run=run)}"
         positionals = [action.dest for action in self._get_positional_actions()]
         if typed.removeprefix("--") in positionals:

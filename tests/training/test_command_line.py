@@ -267,7 +267,11 @@ def test_a_list_in_a_file_is_a_text_with_commas_for_a_flag_of_several_parts(tmp_
         ("flags.toml", '"--resume" = "x"', ["a file cannot name another --config or --resume"]),
         ("flags.toml", 'data = "x.jsonl"', ['unknown flag "data"', "did you mean --task?"]),
         ("flags.toml", "similar_lengths = false", ['unknown flag "similar_lengths"']),
-        ("flags.toml", "checkpoint = true", ['"checkpoint"', "as in --resume FOLDER"]),
+        (
+            "flags.toml",
+            "checkpoint = true",
+            ['"checkpoint"', "continue a run, --resume FOLDER?"],
+        ),
         ("flags.toml", "batch-size = 2\nbatch_size = 3", ["flags.toml has --batch-size twice"]),
         ("flags.toml", 'init = "x"\nadapter = "y"', ["flags.toml has --adapter twice"]),
         ("flags.json", "[1]", ["flags.json", "expected a JSON object"]),
