@@ -12,6 +12,7 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import time
@@ -28,7 +29,7 @@ from minia3.training.choices import CHAT_TEMPLATE
 from minia3.training.config import Config
 from minia3.training.config_file import recorded_flags
 from minia3.training.flags import as_tuple, option
-from minia3.training.shown_commands import MAY_DIFFER, PLACES
+from minia3.training.shown_commands import COMMAND, MAY_DIFFER, PLACES
 
 CONTENTS = (  # a run replaces these without asking, so a new run finds none of them
     *("config.json", "metrics.jsonl", "checkpoint.pt", "states"),
@@ -36,6 +37,7 @@ CONTENTS = (  # a run replaces these without asking, so a new run finds none of 
 )
 SUB_FOLDERS = ("states", "adapter", "adapters/*", "model")  # in which a run writes
 RUNS = Path("runs")  # the folder of runs without --out
+MOVABLE = ("model", "task", "adapter", "chat_template")  # flags that may be paths
 LONGEST_NAME = 50  # characters of a list of values; a longer one is abbreviated
 LONGEST_VALUE = 20  # characters of the value of a flag
 NOT_IN_NAMES = r'[\x00-\x1f<>:"/\\|?*]'  # characters that a name of a file cannot have on Windows
@@ -111,15 +113,30 @@ def check_same_flags(folder, config):
     """
     content = read_run_config(folder)
     found = recorded_flags(content, folder)
-    for field in different_fields(config, found, knows_steps(content)):
-        name = field.name
-        if name in MAY_DIFFER:
-            continue
-        value = found.get(name, field.default)
-        raise ValueError(
-            f"{folder} holds a run with other flags: {option(name)} is {value!r:.80}, expected "
-            f"{getattr(config, name)!r:.80}: give another --out, or remove the folder"
-        )
+    fields = different_fields(config, found, knows_steps(content))
+    fields = [field for field in fields if field.name not in MAY_DIFFER]
+    if not fields:
+        return
+    name = fields[0].name
+    value = found.get(name, fields[0].default)
+    expected = getattr(config, name)
+    advice = "give another --out, or remove the folder"
+    if len(fields) == 1:
+        advice += other_advice(folder, name, value, expected)
+    raise ValueError(
+        f"{folder} holds a run with other flags: {option(name)} is {value!r:.80}, expected "
+        f"{expected!r:.80}: {advice}"
+    )
+
+
+def other_advice(folder, name, value, expected):
+    """Return how to keep a run that differs in a single flag, for the end of a message, or ""."""
+    if name == "steps" and expected > value:
+        words = [*COMMAND.split(), "--resume", str(folder), "--steps", str(expected)]
+        return f", or make it longer: {shlex.join(words)}"
+    if name in MOVABLE and isinstance(expected, str) and os.path.exists(expected):
+        return ", or, if it was moved, write the new path into its config.json"
+    return ""
 
 
 def short_value(value):

@@ -330,7 +330,8 @@ def test_a_run_with_the_flags_that_the_file_had_before_is_noted(tmp_path, capsys
     *_, note, last = output(capsys, "study", path).splitlines()
     assert note == (
         f"note      1 run not of this study: {first.folder} holds a run with other flags: "
-        "--steps is 1, expected 2: give another --out, or remove the folder"
+        "--steps is 1, expected 2: give another --out, or remove the folder, or make it longer: "
+        f"minia3 train --resume {first.folder} --steps 2"
     )
     assert last == "4 runs: 1 finished, 3 to come"
 

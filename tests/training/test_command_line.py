@@ -434,6 +434,32 @@ def test_or_resume_needs_a_folder_and_the_same_flags(tmp_path, capsys):
     assert run(words(tmp_path / "run", "--or-resume", steps=1, **others)) == 0
 
 
+def test_a_run_with_fewer_steps_can_be_made_longer(tmp_path, capsys):
+    out = tmp_path / "my run"
+    assert run(words(out, steps=1)) == 0
+    only = "give another --out, or remove the folder"
+    longer = f"{only}, or make it longer: minia3 train --resume '{out}' --steps 2"
+    fails(words(out, "--or-resume", steps=2), capsys, longer)
+    fails(words(out, "--or-resume", steps=1, lr=0.1), capsys, f"{only}\n")
+    fails(words(out, "--or-resume", steps=2, lr=0.1), capsys, f"expected 2: {only}\n")
+    assert run(["--resume", out, "--steps", "2"]) == 0
+    fails(words(out, "--or-resume", steps=1), capsys, f"--steps is 2, expected 1: {only}\n")
+
+
+def test_a_run_whose_rows_were_moved_can_get_their_new_path(tmp_path, capsys):
+    rows = shutil.copytree(task(), tmp_path / "old" / "rows")
+    out = tmp_path / "run"
+    assert run(words(out, steps=1, task=rows)) == 0
+    moved = tmp_path / "new" / "rows"
+    (tmp_path / "old").rename(tmp_path / "new")
+    again = words(out, "--or-resume", steps=1, task=moved)
+    fails(again, capsys, "or, if it was moved, write the new path into its config.json")
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"task": str(moved)}))
+    assert run(again) == 0
+    assert "is finished" in capsys.readouterr().out
+
+
 def test_or_resume_takes_the_places_that_are_typed(tmp_path):
     flags = {"model": str(running.model("t5")), "task": str(task()), "device": "cpu", "steps": 1}
     flags |= {"out": str(tmp_path / "run"), "or_resume": True}
