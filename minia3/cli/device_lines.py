@@ -11,6 +11,7 @@ from minia3.cli.terminal import format_size
 from minia3.training.choices import QUANTIZED
 from minia3.training.device_plan import Plan, recipe_shape
 from minia3.training.shards import ALL
+from minia3.training.shown_commands import COMMAND
 
 DTYPE = torch.bfloat16  # of weights that are not quantized, as by default on a GPU
 MOST_DEVICES = 64  # that an advice may ask for, unless there are more already
@@ -121,10 +122,10 @@ def place_of_base(devices, n_shards):
 
 def command(name, devices, n_shards):
     """Return the words of the command line of the run, without the sizes of its batches."""
-    words = ["python"]
+    words = COMMAND.split()  # and not train.py, which only a clone has
     if devices.n_devices > 1:
-        words = ["torchrun", "--nproc-per-node", devices.n_devices]
-    words += ["train.py", "--model", name, "--task", "TASK", "--dtype", "bfloat16", "--recompute"]
+        words = ["torchrun", "--nproc-per-node", devices.n_devices, "-m", *words]
+    words += ["--model", name, "--task", "TASK", "--dtype", "bfloat16", "--recompute"]
     if devices.quantize:
         words += ["--quantize", devices.quantize]
     if devices.shard:

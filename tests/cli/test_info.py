@@ -314,8 +314,8 @@ def test_the_plan_for_devices_answers_what_fits_and_how_to_run_it(no_activations
     assert found["unsharded"].startswith("5.13 GB")
     assert found["largest batch"].startswith("389,320 (48,665 on each")
     assert found["command"] == (
-        "torchrun --nproc-per-node 8 train.py --model llama-2-70b --task TASK --dtype bfloat16 "
-        "--recompute --shard --batch-size 8 --max-length 512"
+        "torchrun --nproc-per-node 8 -m minia3 train --model llama-2-70b --task TASK "
+        "--dtype bfloat16 --recompute --shard --batch-size 8 --max-length 512"
     )
 
 
@@ -351,7 +351,7 @@ def test_offloading_needs_little_of_a_device_and_says_what_the_cpu_has(no_activa
     assert alone["weights"] == "1.05 GB (what belongs to no block)"
     assert alone["on the CPU"] == "136.90 GB for each device, 136.90 GB for all of them"
     assert "--recompute --offload --batch-size 8" in alone["command"]
-    assert alone["command"].startswith("python train.py")
+    assert alone["command"].startswith("minia3 train --model")
     several = plan_of(*flags, "--devices", 4)  # divided, as in a run
     assert several["devices"].endswith("divided among them, on the CPU")
     assert several["on the CPU"] == "34.23 GB for each device, 136.90 GB for all of them"
@@ -364,7 +364,7 @@ def test_one_device_needs_no_torchrun_and_a_large_batch_needs_micro_batches(no_a
     largest = int(found["largest batch"].split()[0].replace(",", ""))
     assert 1 < largest < 9000
     assert found["command"] == (
-        "python train.py --model t5-3b --task TASK --dtype bfloat16 --recompute --quantize int8 "
+        "minia3 train --model t5-3b --task TASK --dtype bfloat16 --recompute --quantize int8 "
         f"--batch-size 9000 --max-length 128 --micro-batch-size {largest}"
     )
 
