@@ -39,9 +39,16 @@ def run(args):
 
     options = torchrun.parse_args(args.script)
     check_script(options)
-    if torchrun.determine_local_world_size(options.nproc_per_node) < 1:
+    n_processes = torchrun.determine_local_world_size(options.nproc_per_node)
+    if n_processes < 1:
         given = options.nproc_per_node
         raise ValueError(f"torchrun: --nproc-per-node is {given}, expected at least 1 process")
+    if n_processes > 1 and "OMP_NUM_THREADS" not in os.environ:
+        # torchrun logs this, too, but `without_logging` leaves it out.
+        print_error(
+            f"minia3: torchrun: each of {n_processes} processes computes on the CPU with a single "
+            "thread: set OMP_NUM_THREADS for more"
+        )
     try:
         with without_logging():
             torchrun.run(options)

@@ -118,6 +118,21 @@ def test_scripts_modules_and_programs_that_are_there_are_started(tmp_path, monke
     assert logging.root.manager.disable == level
 
 
+def test_who_sets_no_number_of_threads_hears_which_one_torchrun_takes(monkeypatch, capsys):
+    monkeypatch.setattr("torch.distributed.run.run", lambda options: None)
+    words = ["torchrun", "-m", "minia3"]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert main(words) == 0
+    assert capsys.readouterr().err == ""  # a single process takes as many as it likes
+    words[1:1] = ["--nproc-per-node", "2"]
+    assert main(words) == 0
+    expected = "computes on the CPU with a single thread: set OMP_NUM_THREADS for more\n"
+    assert capsys.readouterr().err == f"minia3: torchrun: each of 2 processes {expected}"
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert main(words) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_machines_that_do_not_meet_are_one_line(monkeypatch, capsys):
     def run(options):
         raise RendezvousConnectionError("see the inner exception") from ValueError("timed\nout")
