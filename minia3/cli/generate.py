@@ -68,8 +68,10 @@ def add_arguments(parser):
     parser.add_argument(
         "--stop",
         action="append",
+        type=with_line_breaks,
         default=[],
-        help="end an output before this text; may be given several times",
+        help="end an output before this text, in which \\n is a line break; may be given several "
+        "times",
     )
     parser.add_argument("--seed", type=int, help="seed of the drawn tokens (default: a new one)")
     parser.add_argument(
@@ -91,6 +93,11 @@ def add_arguments(parser):
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object per prompt, for programs"
     )
+
+
+def with_line_breaks(text):
+    """Return a text of a command line with line breaks in place of \\n, as in --input."""
+    return text.replace("\\n", "\n")
 
 
 def add_drawing_options(parser):

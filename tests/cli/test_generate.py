@@ -21,7 +21,8 @@ from command_line import failure, output, python, read_until
 from conftest import randomize
 
 import minia3
-from minia3.cli.main import main
+from minia3.cli.generate import options_of
+from minia3.cli.main import main, parse
 from minia3.files.program import CtrlC
 from minia3.inference import decoding
 
@@ -74,6 +75,12 @@ def test_the_command_prints_what_the_function_returns(words, options, capsys):
     answers = [json.loads(line) for line in lines]
     assert [answer["prompt"] for answer in answers] == PROMPTS
     assert [answer["output"] for answer in answers] == texts
+
+
+def test_a_text_to_stop_at_may_have_line_breaks():
+    """As people type them in --input."""
+    args = parse(["generate", "m", "--stop", r"\n\nQ:", "--stop", "w1"])
+    assert options_of(args)["stop"] == ["\n\nQ:", "w1"]
 
 
 def test_a_compiled_step_prints_the_same(capsys, monkeypatch):
