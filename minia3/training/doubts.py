@@ -18,6 +18,7 @@ from minia3.training.losses import UNLIKELY_EPS
 LEAST_LINES = 3  # in a third of the lines, before their order says anything
 CERTAIN = 0.9  # share of pairs of lines, an early and a late one, whose loss is higher at the end
 BLOWN_UP = 2  # times the highest loss at the beginning
+MOST_DIGITS = 15  # after the point of a share, which has no more
 NEAR_ZERO = 0.001  # a lower loss is good, whatever it was before
 
 # Before training
@@ -148,9 +149,10 @@ def doubts_about_result(final, losses):
         value = math.inf  # nothing was evaluated, and `doubts_about_rows` says so
     commonest = final.get("commonest")
     if commonest is not None and value < commonest:
+        shown, compared = different_texts(value, commonest)
         doubts.append(
-            f"the {final['metric']} ({value:.1%}) is below that of always giving the commonest "
-            f"label ({commonest:.1%})"
+            f"the {final['metric']} ({shown}) is below that of always giving the commonest label "
+            f"({compared})"
         )
     before = final["accuracy_before"]
     if final["trainable"] and before is not None and value < before:
@@ -160,6 +162,14 @@ def doubts_about_result(final, losses):
         lower, higher = rise
         doubts.append(f"the training loss rose, from {lower:.3f} to {higher:.3f}: try a lower --lr")
     return doubts
+
+
+def different_texts(share, other):
+    """Return two different shares as texts, with as many digits as it takes to tell them apart."""
+    n_digits = 1
+    while f"{share:.{n_digits}%}" == f"{other:.{n_digits}%}" and n_digits < MOST_DIGITS:
+        n_digits += 1
+    return f"{share:.{n_digits}%}", f"{other:.{n_digits}%}"
 
 
 def doubts_about_dtypes(dtypes):

@@ -209,6 +209,9 @@ def test_a_result_below_the_commonest_label_or_below_the_start_is_doubtful():
     assert (
         doubt == "the accuracy (55.0%) is below that of always giving the commonest label (60.0%)"
     )
+    (doubt,) = doubts_about_result({**FINAL, "accuracy": 0.5999}, [])
+    assert "(59.99%)" in doubt, "because 60.0% is not below 60.0%"
+    assert doubt.endswith("(60.00%)")
     text = {**FINAL, "metric": "bleu", "accuracy": 0.4}
     del text["commonest"]
     assert doubts_about_result(text, []) == ["the result is worse than before training"]
