@@ -129,8 +129,18 @@ def run(args):
     elif not is_first():
         follow(prediction.lines)
     else:
-        write_results(Path(args.out), with_progress(prediction.lines, args), prediction.is_csv)
-        show(f"{args.out} is finished")
+        lines = with_progress(prediction.lines, args)
+        n_before, has_new = write_results(Path(args.out), lines, prediction.is_csv)
+        show(f"{args.out} is finished{note_on_rows(n_before, has_new)}")
+
+
+def note_on_rows(n_before, has_new):
+    """Return that a file had all of its rows already, or "" if some of them are new."""
+    if has_new or not n_before:
+        return ""
+    if n_before == 1:
+        return ": its only row was there before"
+    return f": all {n_before} rows were there before"
 
 
 def check_out(args):

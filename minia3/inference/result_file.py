@@ -21,13 +21,13 @@ def write_results(path, lines, to_csv):
     to_csv, lines(0) begins with the header, which is written with the first row. Each row is on
     disk before the next one is asked for.
 
+    Return how many rows the file had already, and whether it has others now.
     Raise ValueError if another process is writing the file, or if it begins differently.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():  # a device or a pipe, which holds nothing
         with path.open("wb", buffering=0) as device:
-            write_lines(path, device, lines(from_first(0)))
-        return
+            return 0, write_lines(path, device, lines(from_first(0))) > 0
     # Without a buffer, so that nothing is left in it, to be written again, if the disk is full.
     with lock_folder(path.parent, path.name), path.open("a+b", buffering=0) as file:
         expected = b"{"
@@ -39,7 +39,7 @@ def write_results(path, lines, to_csv):
         new_lines = iter(lines(from_first(n_rows)))
         if to_csv and n_rows == 0:
             new_lines = with_header(new_lines)
-        write_lines(path, file, new_lines)
+        return n_rows, write_lines(path, file, new_lines) > 0
 
 
 def follow(lines):
@@ -49,8 +49,13 @@ def follow(lines):
 
 
 def write_lines(path, file, lines):
-    """Write each line whole, or not at all. Raise OSError with the path if the disk is full."""
+    """Write each line whole, or not at all, and return how many there were.
+
+    Raise OSError with the path if the disk is full.
+    """
+    n_lines = 0
     for line in lines:
+        n_lines += 1
         rest = line.encode()
         n_written = 0
         try:
@@ -62,6 +67,7 @@ def write_lines(path, file, lines):
             if file.seekable() and n_written:
                 file.truncate(file.tell() - n_written)
             raise OSError(error.errno, error.strerror, str(path)) from None
+    return n_lines
 
 
 def with_header(lines):

@@ -924,10 +924,10 @@ def test_a_finished_file_stays_and_the_command_says_so(tmp_path, capsys, small_c
     out = tmp_path / "out.jsonl"
     words = [running.model("t5"), write(tmp_path / "rows.jsonl", running.rows(9)), "--out", out]
     contents = []
-    for _ in range(2):
+    for note in ("", ": all 9 rows were there before"):
         capsys.readouterr()
         predict(*words)
-        assert capsys.readouterr().out == f"{out} is finished\n"
+        assert capsys.readouterr().out == f"{out} is finished{note}\n"
         contents.append(out.read_bytes())
     assert contents[0] == contents[1]
     assert contents[0].count(b"\n") == 9
