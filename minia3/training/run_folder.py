@@ -122,16 +122,17 @@ def check_same_flags(folder, config):
     expected = getattr(config, name)
     advice = "give another --out, or remove the folder"
     if len(fields) == 1:
-        advice += other_advice(folder, name, value, expected)
+        advice += other_advice(folder, name, value, config)
     raise ValueError(
         f"{folder} holds a run with other flags: {option(name)} is {value!r:.80}, expected "
         f"{expected!r:.80}: {advice}"
     )
 
 
-def other_advice(folder, name, value, expected):
+def other_advice(folder, name, value, config):
     """Return how to keep a run that differs in a single flag, for the end of a message, or ""."""
-    if name == "steps" and expected > value:
+    expected = getattr(config, name)
+    if name == "steps" and config.is_training and expected > value:
         words = [*COMMAND.split(), "--resume", str(folder), "--steps", str(expected)]
         return f", or make it longer: {shlex.join(words)}"
     if name in MOVABLE and isinstance(expected, str) and os.path.exists(expected):

@@ -444,6 +444,10 @@ def test_a_run_with_fewer_steps_can_be_made_longer(tmp_path, capsys):
     fails(words(out, "--or-resume", steps=2, lr=0.1), capsys, f"expected 2: {only}\n")
     assert run(["--resume", out, "--steps", "2"]) == 0
     fails(words(out, "--or-resume", steps=1), capsys, f"--steps is 2, expected 1: {only}\n")
+    untrained = tmp_path / "untrained"
+    assert run(words(untrained, steps=1, method="none")) == 0
+    again = words(untrained, "--or-resume", steps=2, method="none")
+    fails(again, capsys, f"expected 2: {only}\n")
 
 
 def test_a_run_whose_rows_were_moved_can_get_their_new_path(tmp_path, capsys):
