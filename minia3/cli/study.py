@@ -15,7 +15,7 @@ from collections import Counter
 from minia3.cli.arguments import positive
 from minia3.cli.terminal import show
 from minia3.files.lock import FolderLocked
-from minia3.files.messages import plural
+from minia3.files.messages import part_of, plural
 from minia3.training import command_line
 from minia3.training.config import Config
 from minia3.training.run_folder import RunExists
@@ -163,7 +163,8 @@ def make_runs(runs, share):
     show(", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "0 runs")
     if failed:
         names = ", ".join(failed)
-        raise RuntimeError(f"{len(failed)} of {len(share)} runs failed, see above: {names:.300}")
+        n_failed = part_of(len(failed), len(share), "run")
+        raise RuntimeError(f"{n_failed} failed, see above: {names:.300}")
 
 
 def make_run(study_run):
@@ -196,6 +197,8 @@ def make_run(study_run):
             show("another worker makes this run")
             return LEFT
         except Stopped as stop:
+            # The run has said how to continue it alone.
+            print_error("minia3: the same command continues the study")
             sys.exit(128 + stop.number)
         except (Failed, OSError, ValueError) as error:
             if isinstance(error, RunExists) and study_run.has_begun:
@@ -227,7 +230,7 @@ def show_states(runs):
         n = len(differences)
         show(f"note      {n} {plural(n, 'run')} not of this study: {differences[0]}")
     parts = [f"{counts[state]} {state}" for state in STATES if state in counts]
-    show(f"{len(runs)} runs: {', '.join(parts)}")
+    show(f"{len(runs)} {plural(len(runs), 'run')}: {', '.join(parts)}")
 
 
 def state_of(study_run):

@@ -79,7 +79,7 @@ def result_line(config, final):
     """Return the line of one result among several: its name, and what came out."""
     name, key, form = figure_of(final["metric"])
     figure = with_commonest(final, format_figure(config, final, key, form))
-    line = f"{name} {figure}, {final['steps']} steps"
+    line = f"{name} {figure}, {format_steps(final['steps'])}"
     if final["rows_cut"]:
         line += f", {final['rows_cut']} of {final['rows']} rows cut to {config.max_length} tokens"
     return result_name(config, final), line
@@ -89,7 +89,7 @@ def result_name(config, final):
     """Return what tells a result from the others of its run: its adapter, its task, or both."""
     names = []
     if config.axes:
-        names.append(final["adapter"])
+        names.append(final["adapter"].replace("/", "-"))  # as its folder, for the NAME of `use it`
     if config.is_mixture:
         names.append(final["task"])
     return ": ".join(names)
@@ -155,11 +155,15 @@ def format_time(config, finals):
     seconds_by_adapter = {final.get("adapter"): final["seconds"] for final in finals}
     n_steps = max(final["steps"] for final in finals)
     if config.method == "ia3":
-        return f"{finals[0]['seconds']:.0f} s for {n_steps} steps"
+        return f"{finals[0]['seconds']:.0f} s for {format_steps(n_steps)}"
     seconds = sum(seconds_by_adapter.values())
     if len(seconds_by_adapter) == 1:
-        return f"{seconds:.0f} s for {n_steps} steps"
-    return f"{seconds:.0f} s for {len(seconds_by_adapter)} x {n_steps} steps"
+        return f"{seconds:.0f} s for {format_steps(n_steps)}"
+    return f"{seconds:.0f} s for {len(seconds_by_adapter)} x {format_steps(n_steps)}"
+
+
+def format_steps(n_steps):
+    return f"{n_steps} {plural(n_steps, 'step')}"
 
 
 def adapter_lines(config, folder, finals):

@@ -23,6 +23,7 @@ from minia3.files.lock import lock_folder
 from minia3.training import start
 from minia3.training.loop import load_loop
 from minia3.training.run_folder import begin_run
+from minia3.training.signals import Stopped
 from minia3.training.study_file import given_words, read_studies
 
 FENCE = re.compile(r"^```(\w*).*\n((?:.*\n)*?)```$", re.MULTILINE)
@@ -303,8 +304,8 @@ def test_a_grid_in_which_an_adapter_fails_is_a_run_that_failed_and_is_not_made_a
         assert out.endswith("1 failed\n")
         first, last = err.splitlines()
         assert first.startswith(f"minia3 train: {tmp_path}/runs/grid: some of its adapters failed")
-        assert last == f"minia3: 1 of 1 runs failed, see above: {tmp_path}/runs/grid"
-        assert output(capsys, *words).endswith("\n1 runs: 1 failed\n")
+        assert last == f"minia3: the only run failed, see above: {tmp_path}/runs/grid"
+        assert output(capsys, *words).endswith("\n1 run: 1 failed\n")
     assert out == "1 failed\n"  # so nothing was trained
     assert len(read_results([tmp_path / "runs" / "grid"])[0]) == 1
 
@@ -345,6 +346,17 @@ def test_runs_with_other_flags_are_a_mistake_before_anything_is_made(tmp_path, c
         assert found in failure(capsys, "study", path, action, "--steps", 2)
     assert not (tmp_path / "runs" / "workers").exists()
     assert states(capsys, path)[0] == "4 runs: 1 finished, 3 to come"
+
+
+def test_a_study_that_a_signal_stops_says_how_to_continue_it(tmp_path, capsys, monkeypatch):
+    def run_config(*_, **__):
+        raise Stopped(signal.SIGINT)
+
+    monkeypatch.setattr("minia3.training.start.run_config", run_config)
+    with pytest.raises(SystemExit) as exit_of_worker:
+        main(["study", str(write_study(tmp_path)), "--run"])
+    assert exit_of_worker.value.code == 130
+    assert capsys.readouterr().err == "minia3: the same command continues the study\n"
 
 
 @pytest.mark.slow

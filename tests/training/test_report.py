@@ -81,6 +81,16 @@ def test_a_grid_prints_a_line_for_each_adapter(capsys):
     assert text_of(capsys, config, *changes) == expected
 
 
+def test_a_grid_shows_the_names_of_the_folders_of_its_adapters(capsys):
+    """`use it` has NAME in place of one, and the folder of raft/x-s0 is raft-x-s0."""
+    config = train.Config(task=("raft/x", "cb"), seed=(0, 1))
+    final = {"adapter": "raft/x-s0", "steps": 1, "warnings": ["the result is worse"]}
+    text = text_of(capsys, config, final)
+    assert "\n  raft-x-s0   accuracy 50.0% before, 75.1% after, 1 step\n" in text
+    assert "\n  warning     raft-x-s0: the result is worse\n" in text
+    assert "/" not in text.partition("raft-x-s0")[2].partition("trained")[0]
+
+
 def test_a_mixture_prints_a_line_for_each_task(capsys):
     config = train.Config(model="t5-base", task=("rte", "cb"), adapters="one")
     text = text_of(capsys, config, {"task": "rte"}, {"task": "cb", "accuracy": None})
