@@ -7,6 +7,8 @@ Shapes: P adapters that are mixed (parts), D width of a vector.
 
 import torch
 
+from minia3.files.messages import plural
+
 
 def average(l_PD, weight_P1):
     """Return 1 + sum_i w_i (l_i - 1)."""
@@ -37,7 +39,8 @@ def mix(parts, equation="average"):
     """
     if equation not in MIX or not parts:
         expected = f"expected adapters and one of {', '.join(MIX)}"
-        raise ValueError(f"{expected}, found {len(parts)} adapters and {equation!r}")
+        n_parts = f"{len(parts)} {plural(len(parts), 'adapter')}"
+        raise ValueError(f"{expected}, found {n_parts} and {equation!r}")
     weight_P1 = torch.tensor([[weight] for _, weight in parts], dtype=torch.float64)
     if not weight_P1.isfinite().all():
         weights = weight_P1.flatten().tolist()

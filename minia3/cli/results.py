@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minia3.files.messages import plural
 from minia3.files.read import read_json
 from minia3.model.costs import flops
 from minia3.tasks.split_files import short_name
@@ -118,7 +119,8 @@ class Run:
                 missing.append(f"{self.folder}: {adapter}")
         n_to_come = count_cells(self.config) - len(self.outcomes)
         if n_to_come:
-            missing.append(f"{self.folder}: {n_to_come} adapters to come")
+            adapters = plural(n_to_come, "adapter")
+            missing.append(f"{self.folder}: {n_to_come} {adapters} to come")
         return missing
 
 

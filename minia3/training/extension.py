@@ -10,6 +10,7 @@ If the adapters of a grid were trained one after the other, each continues from 
 import dataclasses
 from pathlib import Path
 
+from minia3.files.messages import plural
 from minia3.files.read import reading
 from minia3.training.checkpoint import (
     DAMAGED,
@@ -34,7 +35,8 @@ def extend(saved, config, n_steps):
     place = place_of(saved, config)
     check_state(saved, config, place, n_steps)
     if config.steps <= n_steps:
-        found = f"--steps is {config.steps}, and the run has done {n_steps} steps"
+        found = f"--steps is {config.steps}, and the run has done {n_steps} "
+        found += plural(n_steps, "step")
         raise ValueError(f"{found}: expected more than {n_steps}")
     if place > 0:
         group = load_state_to_extend(Path(config.resume), 0)

@@ -1,5 +1,6 @@
 """Rules about combinations of flags: which ones need each other, and which ones do not mix."""
 
+from minia3.files.messages import plural
 from minia3.training.choices import TRAINED_ALONE
 from minia3.training.flags import check_flags, option
 
@@ -54,8 +55,8 @@ def check_first_evaluation(config):
     is_new = config.resume is None
     if is_new and config.is_training and config.eval_every > config.steps:
         raise ValueError(
-            f"--eval-every is {config.eval_every}, and the run has {config.steps} steps: expected "
-            f"at most {config.steps}"
+            f"--eval-every is {config.eval_every}, and the run has {config.steps} "
+            f"{plural(config.steps, 'step')}: expected at most {config.steps}"
         )
 
 

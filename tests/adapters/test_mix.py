@@ -104,7 +104,7 @@ def test_the_default_is_the_average_and_two_halves_of_an_adapter_are_the_adapter
         (
             [({A: torch.ones(2)}, 1.0)],
             "mean",
-            "average, product, power, found 1 adapters and 'mean'",
+            "average, product, power, found 1 adapter and 'mean'",
         ),
         ([], "average", "found 0 adapters"),
     ],

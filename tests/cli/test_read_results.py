@@ -376,6 +376,9 @@ def test_adapters_that_failed_or_are_to_come_are_reported(tmp_path):
     results, note = read_results([tmp_path])
     assert len({result.adapter_folder for result in results}) == 2
     assert note.endswith(f"{folder}: s0-lr0.2, {folder}: 3 adapters to come")
+    (tmp_path / "grid").rename(tmp_path / "first")
+    make_run(tmp_path / "second", finals[:2], **grid | {"seed": [0, 1], "lr": 0.1})
+    assert read_results([tmp_path / "second"])[1].endswith("second: 1 adapter to come")
 
 
 def test_a_line_that_is_being_written_and_a_model_among_runs_are_skipped(tmp_path):
