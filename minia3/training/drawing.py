@@ -6,7 +6,7 @@ a row that does not fit is found at once. The batches are drawn when their steps
 list of all of them could fill the memory.
 """
 
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 
@@ -24,8 +24,24 @@ def draw_batches(cell, tokenizer, model=None):
     row, if a row cannot be trained on.
     """
     plan = plan_steps(cell.assignments, cell.config)
-    examples = encode_plan(plan, cell, tokenizer, model)
-    return Batches(cell.assignments, cell.config, examples)
+    examples, notes = encode_plan(plan, cell, tokenizer, model)
+    return Batches(cell.assignments, cell.config, examples, notes)
+
+
+def print_notes(cells):
+    """Print the notes on the examples of the cells of a group: which were cut, for example.
+
+    A note begins with the title of its cell. What all cells say is said once.
+    """
+    notes = [cell.batches.notes for cell in cells]
+    for text in dict.fromkeys(chain.from_iterable(notes)):
+        is_of_all = all(text in notes_of_cell for notes_of_cell in notes)
+        if is_of_all and len(cells) > 1:
+            print(f"note     {text}")
+            continue
+        for cell in cells:
+            if text in cell.batches.notes:
+                print(f"note     {cell.title}{text}")
 
 
 class Batches:
@@ -34,11 +50,12 @@ class Batches:
     Ask for the steps in order: to go back to an earlier one, everything is drawn again from step 0.
     """
 
-    def __init__(self, assignments, config, examples):
-        """examples: from `encode_plan`."""
+    def __init__(self, assignments, config, examples, notes=()):
+        """examples, notes: from `encode_plan`."""
         self.assignments = assignments
         self.config = config
         self.examples = examples
+        self.notes = notes
         self.plan = plan_steps(assignments, config)
         self.next_step = 0
 
@@ -90,9 +107,10 @@ def distinct_places(plan, cell):
 
 
 def encode_plan(plan, cell, tokenizer, model):
-    """Return a dict from each (member, row, prompt) of the plan to its example.
+    """Return a dict from each (member, row, prompt) of the plan to its example, and a list of
+    notes, such as how many examples were cut.
 
-    An example that the plan uses many times is encoded once. Print how many examples were cut.
+    An example that the plan uses many times is encoded once.
     """
     config = cell.config
     drawn = distinct_places(plan, cell)
@@ -120,24 +138,29 @@ def encode_plan(plan, cell, tokenizer, model):
             n_cut += n_cut_here
         n_targets_cut += n_targets_cut_here
         n_equal += sum(equal_choices(example) is not None for example in encoded)
-    note_limits(config, len(examples), n_cut, n_chats_cut, n_targets_cut, n_equal)
-    return examples
+    return examples, notes_on_limits(
+        config, len(examples), n_cut, n_chats_cut, n_targets_cut, n_equal
+    )
 
 
-def note_limits(config, n_all, n_cut, n_chats_cut, n_targets_cut, n_equal):
-    """Print a note on each kind of training examples that were cut, or that have equal choices."""
+def notes_on_limits(config, n_all, n_cut, n_chats_cut, n_targets_cut, n_equal):
+    """Return a note on each kind of training examples that were cut, or that have equal choices."""
     limit = f"{config.max_length} tokens (--max-length)"
-    note_part(n_cut, n_all, "input", ("is", "are"), f"cut to {limit}")
     lost = f"oldest turns to fit into {limit}"
-    note_part(n_chats_cut, n_all, "input", ("loses its", "lose their"), lost)
-    limit = f"{config.max_target_length} tokens (--max-target-length)"
-    note_part(n_targets_cut, n_all, "target", ("is", "are"), f"cut to {limit}")
+    target_limit = f"{config.max_target_length} tokens (--max-target-length)"
     reason = "two choices that are the same text to the tokenizer"
-    note_part(n_equal, n_all, "example", ("has", "have"), reason)
+    notes = [
+        note_on_part(n_cut, n_all, "input", ("is", "are"), f"cut to {limit}"),
+        note_on_part(n_chats_cut, n_all, "input", ("loses its", "lose their"), lost),
+        note_on_part(n_targets_cut, n_all, "target", ("is", "are"), f"cut to {target_limit}"),
+        note_on_part(n_equal, n_all, "example", ("has", "have"), reason),
+    ]
+    return [note for note in notes if note]
 
 
-def note_part(n, n_all, noun, verbs, text):
-    """Print a note on some of the training examples, if there are any. verbs: of one, of many."""
-    if n > 0:
-        verb = verbs[0] if n == 1 else verbs[1]
-        print(f"note     {part_of(n, n_all, f'training {noun}')} {verb} {text}")
+def note_on_part(n, n_all, noun, verbs, text):
+    """Return a note on some of the training examples, or "" if n is 0. verbs: of one, of many."""
+    if n == 0:
+        return ""
+    verb = verbs[0] if n == 1 else verbs[1]
+    return f"{part_of(n, n_all, f'training {noun}')} {verb} {text}"

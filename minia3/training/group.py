@@ -18,7 +18,7 @@ from minia3.model.shard import is_sharded, reset_passes
 from minia3.training.batch import MixedBatch, choose_micro_batch_size
 from minia3.training.checkpoint import random_state, set_random_state, set_values
 from minia3.training.device import limit_threads
-from minia3.training.drawing import draw_batches
+from minia3.training.drawing import draw_batches, print_notes
 from minia3.training.learned import learned_tasks
 from minia3.training.log import TrainingLog
 from minia3.training.loss_scale import choose_loss_scale, unscale
@@ -119,6 +119,7 @@ class Group:
         """
         for cell in self.cells:
             cell.batches = draw_batches(cell, self.tokenizer, self.model)
+        print_notes(self.cells)
         self.micro_batch_size = choose_micro_batch_size(self)
 
     def next_batch(self):

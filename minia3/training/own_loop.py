@@ -3,7 +3,7 @@
 from minia3.tasks.batches import collate
 from minia3.training.cell import Cell
 from minia3.training.config import Config
-from minia3.training.drawing import draw_batches
+from minia3.training.drawing import draw_batches, print_notes
 from minia3.training.from_python import as_python
 from minia3.training.rules import check_config
 
@@ -26,5 +26,7 @@ def batches(model, tokenizer, task, *, batch_size=8, steps=1000, seed=0, max_len
         max_length=as_python(max_length),
     )
     check_config(config)
-    examples = draw_batches(Cell(config, task), tokenizer, model)
-    return map(collate, examples)
+    cell = Cell(config, task)
+    cell.batches = draw_batches(cell, tokenizer, model)
+    print_notes([cell])
+    return map(collate, cell.batches)

@@ -41,6 +41,27 @@ def test_tasks_mix_in_proportion_to_their_rows_up_to_the_cap(cap, share):
     assert n_choices[2] / n == pytest.approx(share, abs=4 * (share * (1 - share) / n) ** 0.5)
 
 
+def test_a_grid_says_whose_inputs_are_cut_and_says_it_once_if_all_are(tmp_path, capsys):
+    rows = [{"input": "w5 w6 w7 w8", "target": f"w{5 + i}"} for i in range(4)]
+    rows[0]["input"] = "w5"
+    many = write(tmp_path / "many", train=rows, test=rows)
+    one = write(tmp_path / "one", train=[*rows[:2], rows[0], rows[0]], test=rows)
+    flags = {"steps": 1, "max_length": 3, "max_target_length": 1}
+    assert run(words(tmp_path / "run", task=f"{many},{one}", **flags)) == 0
+    shown = capsys.readouterr().out
+    notes = [line for line in shown.splitlines() if " training " in line]
+    assert notes == [
+        "note     many: 3 of 4 training inputs are cut to 3 tokens (--max-length)",
+        "note     4 of 4 training targets are cut to 1 tokens (--max-target-length)",
+        "note     one: 1 of 4 training inputs is cut to 3 tokens (--max-length)",
+    ]
+    flags |= {"method": "lora", "seed": "0,1", "max_target_length": 9}
+    assert run(words(tmp_path / "lora", task=many, **flags)) == 0
+    shown = capsys.readouterr().out
+    for name in ("s0", "s1"):  # one after the other
+        assert f"note     {name}: 3 of 4 training inputs are cut" in shown
+
+
 def test_the_rows_of_each_task_come_equally_often_in_an_order_of_the_seed():
     seen = []
     for seed in (0, 0, 1):
