@@ -89,6 +89,7 @@ MISTAKES = [
     ("minia3 merge tiny-t5 run/adapter /dev/full", ["/dev/full exists and is not a folder"]),
     ("minia3 mix out run:1", ["give run/adapter"]),
     ("minia3 mix out run/adapter", ["ADAPTER:WEIGHT"]),
+    ("minia3 mix run/adapter:0.5 run/adapter:0.5", ["the folder to write first"]),
     # Data
     ("train.py --task rtee", ["'rtee' is not a known task", "did you mean 'rte'?"]),
     ("train.py --task data/same-color", ["data/same-color", "data/same-colour"]),
@@ -102,6 +103,7 @@ MISTAKES = [
     ("train.py --task run/adapter/task.json", ["run/adapter", "no rows", "an adapter has learned"]),
     ("train.py --task run/adapter", ["run/adapter", "no rows", "an adapter has learned"]),
     ("train.py --task one.csv --losses ul", ["there is one label", "lm", "--labels"]),
+    ("minia3 predict tiny-t5 rows.jsonl --labels bad good", ["as in --labels bad,good"]),
     ("minia3 predict tiny-t5 nowhere.jsonl", ["nowhere.jsonl", "not found"]),
     ("minia3 predict tiny-t5 damaged.parquet", ["damaged.parquet", "damaged"]),
     ("minia3 predict tiny-t5 rows.jsonl --task rtee", ["'rtee'", "'rte'"]),

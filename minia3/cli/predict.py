@@ -73,6 +73,7 @@ def add_arguments(parser):
         "a field is one of the row's, or idx, label, choice, scores, output, or word (the label as "
         "the task's file spells it)",
     )
+    parser.list_flags = ("--labels", "--columns")
     add_size_options(parser)
     add_max_new_tokens(parser)
     add_device_options(parser)

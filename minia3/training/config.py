@@ -74,6 +74,7 @@ class Config:
         None,
         "names for the labels, in the order of the integers, as in negative,positive; if the "
         "labels are words, these words (default: the labels as the file spells them)",
+        has_parts=True,
     )
     metric: str | None = flag(
         None,
@@ -95,6 +96,7 @@ class Config:
     layers: str = flag(
         "0-",
         "layers whose vectors train, such as 0-5,20-; for T5, in the encoder and in the decoder",
+        has_parts=True,
     )
     no_cross: bool = flag(False, "do not train the vectors of cross-attention")
     rank: int = flag(8, "rank of LoRA", at_least=1)
@@ -243,7 +245,9 @@ class Config:
     )
     max_new_tokens: int = flag(64, "maximum tokens to generate for a row with a target", at_least=1)
     eval_prompt: str | int = flag(
-        "0", "prompts to evaluate with: 0, or 0,1,2, or all; the result is the median"
+        "0",
+        "prompts to evaluate with: 0, or 0,1,2, or all; the result is the median",
+        has_parts=True,
     )
     eval_batch_size: int = flag(16, "rows per forward pass in evaluation", at_least=1)
     eval_every: int = flag(

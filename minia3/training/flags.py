@@ -73,13 +73,15 @@ class Parser(argparse.ArgumentParser):
         return ""
 
 
-def flag(default, help, also=(), alone=None, **limits):
+def flag(default, help, also=(), alone=None, has_parts=False, **limits):
     """Return a field of the dataclass.
 
     also: other names of the flag. alone: the value if the flag is typed without one; None: it needs
-    one. limits: limits of its value; `is_within` knows their names.
+    one. has_parts: whether its value is a text with commas between its parts. limits: limits of its
+    value; `is_within` knows their names.
     """
     metadata = {"help": help, "also": also, "alone": alone, "limits": limits}
+    metadata["has_parts"] = has_parts or "some_of" in limits
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -106,7 +108,7 @@ def add_flags(parser, config_class, groups, helps=None):
         names = [option(field.name), *field.metadata["also"]]
         text = helps.get(field.name, help_text(field))
         group.add_argument(*names, default=argparse.SUPPRESS, help=text, **reading_options(field))
-        if tuple in kinds_of(field):
+        if tuple in kinds_of(field) or field.metadata["has_parts"]:
             list_flags += names
     parser.list_flags = list_flags
 
