@@ -133,6 +133,18 @@ def test_no_page_has_a_commit_hash_or_something_left_to_fill_in(page):
 
 
 @by_page
+def test_no_line_of_a_paragraph_begins_like_an_item_of_a_list(page):
+    """A wrapped "l - 1" became an item of a list."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    wrong = []
+    for before, line in pairwise(text.splitlines()):
+        is_prose = re.match(r"[^\s#|>*+-]", before) and not re.match(r"\d+\. ", before)
+        if is_prose and re.match(r"[-+*] ", line):
+            wrong.append(line)
+    assert wrong == []
+
+
+@by_page
 def test_links_lead_to_files_and_headings_that_exist(page):
     for target in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text(encoding="utf-8")):
         name, _, anchor = target.partition("#")
