@@ -152,9 +152,9 @@ def test_a_run_whose_time_is_up_saves_its_last_step(tmp_path, capsys, monkeypatc
     assert caught.value is ending
     assert len(calls) == 1
     folder = tmp_path / "runs" / "seed0-ia3"
-    assert (
-        capsys.readouterr().err
-        == f"stopped; to continue: minia3 train --resume {running.quoted(folder)}\n"
+    assert capsys.readouterr().err == (
+        f"stopped; to continue: minia3 train --resume {running.quoted(folder)}\n"
+        "minia3: the same command continues the study\n"
     )
     assert running.load_checkpoint(folder).n_steps == 5
     assert Worker(words)() == 0
