@@ -207,7 +207,7 @@ def find_set(
     picks: whether the user gave choices, so that the answer is picked and not written.
     """
     used_keys = {name.lower() for name in used}
-    for column_set in ordered_sets(columns, needs_input, needs_answer):
+    for column_set in ordered_sets(columns, needs_input, needs_answer, used_keys):
         inputs = set(field_names(column_set.input))
         answers = set(column_set.names) - inputs
         if column_set.is_conversation and not (needs_input and needs_answer):
@@ -225,9 +225,11 @@ def find_set(
 
 
 def ordered_sets(
-    columns: ColumnNames, needs_input: bool, needs_answer: bool
+    columns: ColumnNames, needs_input: bool, needs_answer: bool, used_keys: set[str]
 ) -> Sequence[ColumnSet]:
-    """Return the sets in the order in which they are tried."""
+    """Return the sets in the order in which they are tried. used_keys: the columns that the user
+    chose, in lower case.
+    """
 
     def n_inputs(column_set):
         return len(field_names(column_set.input))
@@ -235,12 +237,17 @@ def ordered_sets(
     def lacks_label(column_set):
         return column_set.label != "" and column_set.label not in columns
 
+    def reads_others(column_set):
+        return not used_keys.issuperset(map(str.lower, field_names(column_set.input)))
+
     if not needs_answer:
         # No answer decides between the sets, so those with the most input columns come first.
         return sorted(COLUMN_SETS, key=n_inputs, reverse=True)
     if not needs_input:
+        # A set that reads only what the user reads comes first: beside "{text}?", a label is the
+        # answer, as beside "{text}", also if the file has an `answer` that some question needs.
         # Some sets with `choices` differ only in the column of the label, so try one that exists.
-        return sorted(COLUMN_SETS, key=lacks_label)
+        return sorted(COLUMN_SETS, key=lambda each: (reads_others(each), lacks_label(each)))
     return COLUMN_SETS
 
 

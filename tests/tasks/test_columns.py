@@ -604,11 +604,24 @@ def test_an_input_alone_keeps_the_usual_answer(tmp_path):
     assert rendered(task)[0] == ("a b", ["x", "y"], 0)
 
 
+@pytest.mark.parametrize("text", ["{text}", "{text}?", "{Text}", "{id} {text}"])
+def test_an_input_of_the_usual_column_keeps_the_answer_that_belongs_to_it(text, tmp_path):
+    """Prodigy's `answer`, which says whether the label is right, was learned in its place."""
+    row = {"id": "n", "text": "a", "label": "x", "answer": "accept"}
+    rows = [row, {**row, "label": "y"}]
+    assert ", picks label among x, y; ignores " in load(tmp_path, *rows).columns
+    assert ", picks label among x, y; ignores " in load(tmp_path, *rows, input=text).columns
+
+
 def test_beside_choices_the_label_is_the_column_that_is_there(tmp_path):
     row = {"question": "a", "subject": "b", "choices": ["x", "y"], "answer": 1}
     flags = {"input": "{subject}: {question}"}
     assert rendered(load(tmp_path, row, **flags)) == [("b: a", ["x", "y"], 1)]
-    assert rendered(load(tmp_path, {**row, "label": 0}, **flags)) == [("b: a", ["x", "y"], 0)]
+    # Beside both, the file means the same with and without --input.
+    both = {**row, "label": 0}
+    assert rendered(load(tmp_path, both)) == [("a", ["x", "y"], 1)]
+    assert rendered(load(tmp_path, both, **flags)) == [("b: a", ["x", "y"], 1)]
+    assert rendered(load(tmp_path, both, input="{subject}")) == [("b", ["x", "y"], 0)]
     del row["answer"]
     with pytest.raises(ValueError, match="'label' is None, expected one of 0, 1"):
         load(tmp_path, row, **flags)
