@@ -47,6 +47,12 @@ from minia3.tasks.task import TaskSpec
 
 # Columns that are used under these names, whatever the others are.
 SPECIAL = ("idx", "adapter")
+# Columns that probably hold a list of choices, and those that, with a number, hold one of them.
+CHOICE_LISTS = ("options", "choices", "endings", "candidates", "answer_choices")
+NUMBERED_CHOICES = (
+    *("option", "opt", "choice", "answer", "ending", "sol", "solution"),
+    *("candidate", "alternative"),
+)
 
 
 class Understanding(NamedTuple):
@@ -361,15 +367,18 @@ def notes_on_verdicts(columns: Columns, messages: str) -> list[str]:
 
 def notes_on_choices(ignored: Iterable[str]) -> list[str]:
     """Return a note if the choices of a question stand in columns that the model does not read:
-    `options`, or A, B, C, or option_a, option_b, option_c.
+    `options`, or A, B, C, or option_a, option_b, option_c, or choice1, choice2.
     """
-    found = [name for name in ignored if fold_case(name) in ("options", "choices")]
+    found = [name for name in ignored if fold_case(name) in CHOICE_LISTS]
     groups = defaultdict(list)
     for name in ignored:
         groups[name[:-1]].append(name)
-    for names in groups.values():
-        letters = "".join(name[-1:] for name in names).lower()
-        if letters.startswith("abc"):
+    for stem, names in groups.items():
+        marks = "".join(name[-1:] for name in names).lower()
+        # Any columns may have numbers, such as sentence1 and sentence2.
+        is_numbered = marks.startswith(("01", "12"))
+        is_choice = fold_case(stem).rstrip("_") in NUMBERED_CHOICES
+        if marks.startswith("abc") or (is_numbered and is_choice):
             found += names
     if not found:
         return []

@@ -1063,6 +1063,10 @@ def test_what_is_advised_for_pairs_of_answers_works(tmp_path):
     assert task.train[0]["messages"][1:] == TURN
 
 
+def numbered(name, *numbers):
+    return {f"{name}{number}": f"choice {number}" for number in numbers}
+
+
 @pytest.mark.parametrize(
     ("row", "found"),
     [
@@ -1072,13 +1076,33 @@ def test_what_is_advised_for_pairs_of_answers_works(tmp_path):
             "option_a, option_b, option_c, option_d",
         ),
         ({"question": "a", "Options": ["x", "y"], "answer": "y"}, "Options"),
+        # Cosmos QA
+        (
+            {"context": "a", "question": "b", **numbered("answer", 0, 1, 2, 3), "label": 1},
+            "answer0, answer1, answer2, answer3",
+        ),
+        # SWAG, with the names of HellaSwag
+        (
+            {"sentence": "a", **numbered("ending", 0, 1, 2, 3), "label": 1},
+            "ending0, ending1, ending2, ending3",
+        ),
+        # COPA, WinoGrande and PIQA, with a usual name for what is read
+        ({"sentence": "a", **numbered("choice", 1, 2), "label": 1}, "choice1, choice2"),
+        ({"question": "a", **numbered("option", 1, 2), "answer": "2"}, "option1, option2"),
+        ({"sentence": "a", **numbered("sol", 1, 2), "label": 1}, "sol1, sol2"),
+        ({"question": "a", **numbered("Option_", 1, 2), "answer": "2"}, "Option_1, Option_2"),
+        # HellaSwag
+        ({"text": "a", "endings": ["x", "y"], "label": "1"}, "endings"),
+        ({"text": "a", "candidates": ["x", "y"], "label": 1}, "candidates"),
         ({"text": "a", "": 1, "source_a": "x", "source_b": "y", "c": 1, "label": "x"}, ""),
+        ({"text": "a", "sentence1": "x", "sentence2": "y", "label": 1}, ""),
+        ({"text": "a", "answer2": "x", "option7": "y", "label": 1}, ""),
         ({"question": "a", "choices": ["x", "y"], "answer": "y", "options": 1}, ""),
         ({"messages": [{"role": "user", "content": "b"}, *TURN], "options": 1}, ""),
     ],
 )
 def test_choices_that_the_model_does_not_read_are_noted(row, found, tmp_path):
-    """The model learned to write the letter of an answer that it had not seen."""
+    """The model learned to write the letter, or the number, of an answer that it had not seen."""
     notes = load(tmp_path, row).notes
     found_notes = [note for note in notes if "does not read" in note]
     expected = f"the model does not read {found}: if these are choices, name them in --input"
