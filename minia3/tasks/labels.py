@@ -29,8 +29,7 @@ INTEGER_AS_FLOAT = re.compile(r"(-?\d+)\.0+")
 HIDDEN = ("-1", "-", "none", "null", "nan")
 DOUBTFUL = (*HIDDEN, "na", "n/a", "?")  # in train, they may mean that, or be labels like others
 
-# What to do about a label that is not known.
-NEW_LABEL = "add it to train, or to --labels"
+# What to do about a label that is not known, if an adapter has learned the others.
 LEARNED_LABELS = (
     "leave the row out, or give --input and --labels in place of the learned prompt and words "
     "(task.json)"
@@ -211,6 +210,8 @@ def name_integers(
         digits = tuple(map(str, found))
         return Labels(digits, digits)
     if all(0 <= number < n_words for number in found):
+        if not names:
+            check_counting(found, field, n_words)
         return Labels(tuple(map(str, range(n_words))), words)
     if len(found) == n_words:  # such as 1 to 5, or -1 and 1
         return Labels(tuple(map(str, found)), words)
@@ -219,6 +220,22 @@ def name_integers(
     raise ValueError(
         f"--labels has {n_words} words, but {field!r} has the labels {shown}: "
         f"expected as many words as labels{advice}"
+    )
+
+
+def check_counting(found: Sequence[int], field: str, n_words: int):
+    """Raise ValueError if words for 0, 1, ... could also be words for 1, 2, ...
+
+    found: the integers of a column, which are less than n_words. Two words are for 0 and 1, because
+    a file that counts from 1 would have a 2.
+    """
+    if 0 in found or n_words == 2:
+        return
+    shown = list_names(map(str, found), N_SHOWN)
+    raise ValueError(
+        f"--labels has {n_words} words, but {field!r} has the labels {shown}, so its first word "
+        f"may stand for 0 or for {found[0]}: give 'labels' in a task file, with the integer of "
+        "each word"
     )
 
 
@@ -310,12 +327,12 @@ def find_user_label(
     prompt: Prompt,
     field: str,
     may_be_hidden: bool,
-    advice: str = NEW_LABEL,
+    advice: str = "",
 ) -> int:
     """Return the choice that a label means, as an index, or -1 if it is hidden.
 
     labels: as the files spell them. A word of the prompt is a label, too. advice: what to do about
-        a label that is none of them.
+        a label that is none of them; by default, what `advise_new_label` says.
 
     Raise ValueError if there is no such choice.
     """
@@ -329,10 +346,19 @@ def find_user_label(
     is_hidden = key is None or key in HIDDEN
     if is_hidden and may_be_hidden:
         return -1
+    advice = advice or advise_new_label(labels, prompt)
     if is_hidden:
         advice = "leave the row out if it has no label"
     expected = f"expected one of {list_names(labels):.80}"
     raise ValueError(f"{field!r} is {value!r:.40}, {expected}: {advice}")
+
+
+def advise_new_label(labels: Sequence[str], prompt: Prompt) -> str:
+    """Return what the user can do about a label that is none of those that are known."""
+    if prompt.choices != choices_of(labels):
+        # One more word of --labels could shift what the others stand for.
+        return "add it to train, or to 'labels' in a task file"
+    return "add it to train, or to --labels"
 
 
 @lru_cache(maxsize=64)

@@ -25,7 +25,6 @@ from minia3.tasks.format_strings import (
 from minia3.tasks.labels import (
     INTEGER,
     LEARNED_LABELS,
-    NEW_LABEL,
     find_choice,
     find_label,
     find_user_label,
@@ -301,7 +300,7 @@ def read_label(row: dict, spec: TaskSpec, may_be_hidden: bool) -> int:
         return 0  # the text to write is the only choice, and the right one
     if spec.labels:
         value = label_of(row, field)
-        advice = LEARNED_LABELS if spec.is_learned else NEW_LABEL
+        advice = LEARNED_LABELS if spec.is_learned else ""
         return find_user_label(value, spec.labels, spec.prompts[0], field, may_be_hidden, advice)
     return find_choice(row.get(field), row["choices"], field, may_be_hidden)
 

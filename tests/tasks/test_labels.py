@@ -93,6 +93,40 @@ def test_a_label_that_only_test_has_can_be_named_as_the_message_says(tmp_path):
     assert [task.prompts[0].choices[row["label"]] for row in task.test] == ["4", "1"]
 
 
+FIVE = ("one", "two", "three", "four", "five")
+
+
+def test_words_that_could_count_from_0_or_from_1_are_refused():
+    """A fifth word, for a 5 that only test has, shifted the other four by one."""
+    assert name_labels([1, 2, 3, 4], "label", FIVE[:4]) == Labels(tuple("1234"), FIVE[:4])
+    words = (
+        r"--labels has 5 words, but 'label' has the labels 1, 2, 3, 4, so its first word may stand "
+        r"for 0 or for 1: give 'labels' in a task file, with the integer of each word\Z"
+    )
+    with pytest.raises(ValueError, match=words):
+        name_labels([4, 1, 2, 3], "label", FIVE)
+    with pytest.raises(ValueError, match="may stand for 0 or for 2: give"):
+        name_labels([2, 3], "label", FIVE)
+    # If a 0 is there, or if the data set says what the integers stand for, nothing is unclear.
+    assert name_labels([0, 1, 3], "label", FIVE).spelled == tuple("01234")
+    assert name_labels([1, 2, 3], "label", FIVE, tuple("abcde")).words == FIVE
+    assert name_labels([1, 1], "label", FIVE[:2]).spelled == ("0", "1")
+    assert name_labels([1, 2], "label", ("1", "2", "3")).words == ("1", "2", "3")
+
+
+def test_a_word_for_an_integer_that_only_test_has_is_given_in_a_task_file(tmp_path):
+    """To add it to --labels, as the message said, changed what the other words stand for."""
+    for name, values in (("train", [1, 2, 3, 4]), ("test", [5, 1])):
+        rows = [{"text": "a", "label": value} for value in values]
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(*rows))
+    words = r"is 5, expected one of 1, 2, 3, 4: add it to train, or to 'labels' in a task file\Z"
+    with pytest.raises(ValueError, match=words):
+        load_task(tmp_path, labels=",".join(FIVE[:4]))
+    (tmp_path / "task.json").write_text(json.dumps({"labels": list("12345")}))
+    task = load_task(tmp_path, labels=",".join(FIVE))
+    assert [task.prompts[0].choices[row["label"]] for row in task.test] == ["five", "one"]
+
+
 @pytest.mark.parametrize("asked", [("pos", "NEG"), ("NEG", "pos")])
 def test_the_words_of_a_task_s_own_labels_stand_for_themselves(asked):
     assert words_of(("neg", "pos"), asked) == ("NEG", "pos")
