@@ -28,23 +28,35 @@ def doubts_about_rows(assignment, config):
     """Return what is doubtful about the rows of a task, one text each."""
     doubts = []
     answer = assignment.task.answer
-    if answer == "choices" and config.is_training:
-        doubts += doubts_about_labels(assignment.train_rows, assignment.prompts[0], "to train on")
-    if answer == "choices":
-        prompt = assignment.eval_prompts[0]
-        doubts += doubts_about_labels(assignment.report_rows, prompt, "to report on")
+    doubts_about_answers = {"choices": doubts_about_labels, "target": doubts_about_targets}
+    find_doubts = doubts_about_answers.get(answer)
+    if find_doubts and config.is_training:
+        doubts += find_doubts(assignment.train_rows, assignment.prompts[0], "to train on")
+    if find_doubts:
+        doubts += find_doubts(assignment.report_rows, assignment.eval_prompts[0], "to report on")
     if not assignment.report_rows:
         doubts.append(
             "nothing is evaluated on held-out rows: how good the adapter is stays unknown"
         )
     if config.is_training:
-        names = names_of_words(assignment.task.spec)
-        n_known = count_repeated(assignment.train_rows, assignment.report_rows, names)
-        if n_known:
-            rows = part_of(n_known, len(assignment.report_rows), "row")
-            verb = "is" if n_known == 1 else "are"
-            doubts.append(f"{rows} to report on {verb} also trained on")
+        doubts += doubts_about_known(assignment, assignment.train_rows, "trained on")
+    # Which of the shots fit before a row is known only later, so all of them count.
+    doubts += doubts_about_known(assignment, assignment.shots, "among the shots")
     return doubts
+
+
+def doubts_about_known(assignment, rows, use):
+    """Return a text in a list if the model sees answers of rows to report on, or an empty list.
+
+    rows: those whose answers it sees.
+    """
+    names = names_of_words(assignment.task.spec)
+    n_known = count_repeated(rows, assignment.report_rows, names)
+    if not n_known:
+        return []
+    text = part_of(n_known, len(assignment.report_rows), "row")
+    verb = "is" if n_known == 1 else "are"
+    return [f"{text} to report on {verb} also {use}"]
 
 
 def part_having(n, n_all, noun):
@@ -68,6 +80,24 @@ def doubts_about_labels(rows, prompt, use):
     return [text]
 
 
+def doubts_about_targets(rows, prompt, use):
+    """Return a text in a list if all rows have the same text to write, or else an empty list.
+
+    A model that ignores its input would match all of them.
+    """
+    if len(rows) < 2:
+        return []
+    target = target_of(rows[0], prompt)
+    if any(target_of(row, prompt) != target for row in rows):
+        return []
+    return [f"all {len(rows)} rows {use} have the same answer, {target!r:.40}"]
+
+
+def target_of(row, prompt):
+    (target,) = render(prompt, row).choices
+    return target
+
+
 def right_answers(rendered):
     """Return the right answer of each row: its text, or its place if the rows' choices differ."""
     if have_same_choices(rendered):
@@ -85,7 +115,7 @@ def names_of_words(spec):
 
 
 def count_repeated(train_rows, report_rows, names):
-    """Return how many rows to report on are also among the rows to train on.
+    """Return how many rows to report on are also among the rows to train on, or the shots.
 
     names: the fields in which such rows are equal.
     """

@@ -132,9 +132,35 @@ def test_conversations_that_are_trained_on_are_counted(tmp_path):
     ]
 
 
-def test_targets_have_no_labels_to_doubt(tmp_path):
-    rows = [{"input": f"w{i}", "target": "w4"} for i in range(5, 12)]
-    assert doubts_of(tmp_path / "a", rows[:4], rows[4:]) == []
+def test_shots_that_are_reported_on_are_counted(tmp_path):
+    """The model saw their answers in its source, and the run said nothing."""
+    rows = choice_rows(["w3", "w4"] * 2)
+    in_context = {"method": "icl", "shots": 2}
+    others = [{**row, "input": "w50 w51"} for row in rows[:2]]
+    assert doubts_of(tmp_path / "a", rows, [*rows, *others], **in_context) == [
+        "4 of 6 rows to report on are also among the shots"
+    ]
+    assert doubts_of(tmp_path / "b", rows, [rows[0], *others], **in_context) == [
+        "1 of 3 rows to report on is also among the shots"
+    ]
+    assert doubts_of(tmp_path / "c", rows, others, **in_context) == []
+    # Without shots, the model sees none of these answers.
+    assert doubts_of(tmp_path / "d", rows, rows, method="none") == []
+
+
+def test_targets_that_are_all_the_same_are_doubtful(tmp_path):
+    """The run ended with an exact match of 100%, whatever the model had read."""
+    same = [{"input": f"w{i}", "target": "w4"} for i in range(5, 12)]
+    mixed = [{**row, "target": f"w{4 + i}"} for i, row in enumerate(same)]
+    assert doubts_of(tmp_path / "a", same[:4], same[4:]) == [
+        "all 4 rows to train on have the same answer, 'w4'",
+        "all 3 rows to report on have the same answer, 'w4'",
+    ]
+    assert doubts_of(tmp_path / "b", mixed[:4], same[4:]) == [
+        "all 3 rows to report on have the same answer, 'w4'"
+    ]
+    assert doubts_of(tmp_path / "c", same[:4], mixed[4:], method="none") == []
+    assert doubts_of(tmp_path / "d", mixed[:1], mixed[1:2]) == []
 
 
 # The loss
