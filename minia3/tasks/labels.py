@@ -16,7 +16,8 @@ from minia3.tasks.json_rows import parse_json
 from minia3.tasks.names import fold_case, list_names
 from minia3.tasks.prompts import Prompt, choices_of
 
-# A column with more labels than this, and fewer rows per label, probably holds texts to write.
+# A column with more labels than this, and fewer rows per label, probably holds texts to write, if
+# most of them occur once. (Banking77 with four rows of each intent is few, too.)
 MANY_LABELS = 50
 FEW_ROWS = 5  # per label
 N_SHOWN = 20  # labels in a line
@@ -294,7 +295,9 @@ def check_asked_words(words: Sequence[str], field: str, asked: Sequence[str]):
 def check_label_count(counts: Counter, field: str):
     """Raise ValueError if there are so many labels that they are probably texts to write."""
     n_rows = counts.total()
-    if len(counts) > MANY_LABELS and n_rows < FEW_ROWS * len(counts):
+    n_single = sum(count == 1 for count in counts.values())
+    has_few_rows = len(counts) > MANY_LABELS and n_rows < FEW_ROWS * len(counts)
+    if has_few_rows and n_single > len(counts) / 2:
         raise ValueError(
             f"{field!r} has {len(counts)} different labels in {n_rows} rows, which is probably not "
             f'a classification: to write them, give --target "{{{field}}}"; '

@@ -283,19 +283,34 @@ def test_test_rows_may_hide_their_labels_and_others_may_not(tmp_path):
 @pytest.mark.parametrize("prefix", ["w", ""], ids=["words", "integers"])
 def test_many_labels_are_a_note_and_labels_that_hardly_repeat_an_error(prefix, tmp_path):
     many = [f"{prefix}{i % 60}" for i in range(300)]
-    notes = load(tmp_path, many).notes
-    assert any(note.startswith("60 labels, and each row is scored with all") for note in notes)
+    for n_rows in (300, 90):  # of each label five, or of half of them two and of the others one
+        notes = load(tmp_path, many[:n_rows]).notes
+        assert any(note.startswith("60 labels, and each row is scored with all") for note in notes)
     words = (
-        "'label' has 60 different labels in 299 rows, which is probably not a classification: "
+        "'label' has 60 different labels in 89 rows, which is probably not a classification: "
         'to write them, give --target "{label}"'
     )
     with pytest.raises(ValueError, match=words):
-        load(tmp_path, many[:299])
-    task = load(tmp_path, many[:299], target="{label}")
+        load(tmp_path, many[:89])
+    with pytest.raises(ValueError, match="60 different labels in 60 rows"):
+        load(tmp_path, many[:60])
+    task = load(tmp_path, many[:89], target="{label}")
     assert (task.answer, task.metric) == ("target", "exact_match")
     assert render(task.prompts[0], task.train[5]).choices == [many[task.train[5]["idx"]]]
     named = ",".join(f"{prefix}{i}" for i in range(60))
-    assert len(load(tmp_path, many[:299], labels=named).prompts[0].choices) == 60
+    assert len(load(tmp_path, many[:89], labels=named).prompts[0].choices) == 60
+
+
+def test_a_few_rows_of_each_of_many_labels_are_a_classification(tmp_path):
+    """Banking77 with four rows of each of its 77 intents was refused."""
+    for n_each in (4, 2):
+        task = load(tmp_path, [f"w{i % 77}" for i in range(77 * n_each)])
+        assert len(task.prompts[0].choices) == 77
+    # A column with some frequent texts among many single ones is one, if it is long enough.
+    tail = [f"w{i}" for i in range(60)]
+    assert len(load(tmp_path, [*tail, *["x"] * 245]).prompts[0].choices) == 61
+    with pytest.raises(ValueError, match="61 different labels in 304 rows"):
+        load(tmp_path, [*tail, *["x"] * 244])
 
 
 def test_labels_are_not_to_be_written_if_the_column_does_not_have_their_words(tmp_path):
