@@ -6,13 +6,27 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from minia3.tasks.columns import COLUMN_SETS, EXPECTED, N_FIRST_ROWS, Columns, ColumnSet, find_set
+from minia3.tasks.columns import (
+    CHOICE_LISTS,
+    COLUMN_SETS,
+    EXPECTED,
+    N_FIRST_ROWS,
+    Columns,
+    ColumnSet,
+    find_set,
+)
 from minia3.tasks.csv_rows import ChoicesCell
 from minia3.tasks.format_strings import can_name, field_names
 from minia3.tasks.names import fold_case, list_names
 from minia3.tasks.row_files import CELLS, rows_suffix
 
-# What the names of columns with answers often contain, the likeliest first.
+# What columns with answers are often called, the likeliest first. (A "code" is often the text to
+# write, and a "country_code" hardly ever.)
+ANSWER_NAMES = (
+    *("chosen", "answer", "response", "output", "completion", "target", "label", "gold"),
+    *("solution", "code", "intent", "choice"),
+)
+# What their names contain, if no column has such a name.
 ANSWER_WORDS = (
     "chosen",
     "answer",
@@ -23,16 +37,21 @@ ANSWER_WORDS = (
     "tgt",
     "gold",  # SNLI has a gold_label beside those of each annotator
     "label",
+    "solution",
+    "intent",
     "sentiment",
     "category",
     "class",
     "summary",
     "score",
+    "rating",
 )
 
 MANY_ROWS = 1000  # enough to see that values repeat
 # Columns of few values that say where a row is from.
 ORIGINS = ("split", "source", "dataset", "domain", "lang", "language", "type")
+# Columns that number rows, or say when they were made: created_at, lead_time, annotation_id.
+RECORDS = re.compile("(.*[_ -])?(id|idx|index|uuid|url|date|time|timestamp|at)")
 
 
 def explain(columns: Columns, needs_answer: bool, used: Sequence[str]) -> str:
@@ -161,13 +180,18 @@ def advise_flags(columns: Columns) -> str:
     """Return the flags that say which columns are the input and the target."""
     lengths = text_lengths(columns)
     # The longest texts are the input, most of the time.
-    longest = sorted(lengths, key=lengths.get, reverse=True)
-    if len(longest) < 2:
-        return f"add a column with the answers{describe_lists(columns)}"
-    target = find_answer(lengths) or find_repeated(columns, longest) or longest[1]
+    longest = sorted(lengths, key=lambda place: (is_record(place), -lengths[place]))
+    target = find_answer(lengths) or find_answer(list_items(columns))
     sources = find_usual_inputs(columns, target)
+    candidates = [place for place in longest if place not in sources]
+    target = target or find_repeated(columns, candidates)
+    if not target:
+        n_read = 0 if sources else 1  # without usual names, the longest text is read
+        target = next(iter(candidates[n_read:]), None)
     if not sources:
-        sources = [next(place for place in longest if place != target)]
+        sources = [place for place in longest if place != target][:1]
+    if not target or not sources:
+        return f"add a column with the answers{describe_lists(columns)}"
     for column, _ in (*sources, target):
         if not can_name(column):
             return (
@@ -175,7 +199,7 @@ def advise_flags(columns: Columns) -> str:
                 "and is not a number), and say which is which with --input and --target"
             )
     source_text = "\\n".join(map(in_braces, sources))
-    has_more = len(longest) > len(sources) + 1
+    has_more = any(place not in (*sources, target) for place in longest)
     more = "; --input may name several columns" if has_more else ""
     return (
         f'say which is which with --input "{source_text}" --target "{in_braces(target)}", '
@@ -203,14 +227,23 @@ def describe_lists(columns: Columns) -> str:
     )
 
 
-def find_usual_inputs(columns: Columns, target: tuple[str, str]) -> list[tuple[str, str]]:
-    """Return the columns with the usual names that a model reads, or an empty list."""
+def is_record(place: tuple[str, str]) -> bool:
+    """Return whether a column's name says that it only records something about the row."""
+    return RECORDS.fullmatch(fold_case(place[0])) is not None
+
+
+def find_usual_inputs(columns: Columns, target: tuple[str, str] | None) -> list[tuple[str, str]]:
+    """Return the columns with the usual names that a model reads, or an empty list.
+
+    They are none if the target is one of them, or if no text is left that could be the target.
+    """
     found = find_set(columns, needs_input=True, needs_answer=False)
     names = [] if found is None else field_names(found.input)
     places = [(columns.name_in_file(name), "") for name in names]
     lengths = text_lengths(columns)
     are_texts = all(place in lengths and place != target for place in places)
-    return places if are_texts else []
+    has_target = target is not None or len(lengths) > len(places)
+    return places if are_texts and has_target else []
 
 
 def find_repeated(columns: Columns, places: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
@@ -226,8 +259,8 @@ def find_repeated(columns: Columns, places: Iterable[tuple[str, str]]) -> tuple[
             for item, value in cell_items(row.get(column)):
                 values[column, item].add(str(value))
     for place in places:
-        is_origin = fold_case(place[0]) in ORIGINS
-        if not is_origin and 1 < len(values[place]) <= len(rows) / 3:
+        says_little = fold_case(place[0]) in ORIGINS or is_record(place)
+        if not says_little and 1 < len(values[place]) <= len(rows) / 3:
             n_values[place] = len(values[place])
     return min(n_values, key=n_values.get, default=None)
 
@@ -266,10 +299,29 @@ def cell_items(cell) -> list[tuple[str, object]]:
     return [(place, value) for place, value in plain if isinstance(value, str | int | float)]
 
 
+def list_items(columns: Columns) -> list[tuple[str, str]]:
+    """Return the places of the first items in the columns of lists of texts or numbers, such as the
+    `labels` of rows that may have several labels.
+    """
+    found = []
+    for row in columns.rows[:N_FIRST_ROWS]:
+        for name, cell in row.items():
+            is_list = isinstance(cell, list) and not isinstance(cell, ChoicesCell)
+            is_usable = is_list and fold_case(name) not in (*CHOICE_LISTS, "rejected")
+            if is_usable and cell and isinstance(cell[0], str | int | float):
+                found.append((name, "[0]"))
+    return list(dict.fromkeys(found))
+
+
 def find_answer(places: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
     """Return the first place whose name is one that answers have, or None."""
+    names = {place: fold_case("".join(place)) for place in places}
+    for answer_name in ANSWER_NAMES:
+        for place, name in names.items():
+            if name == answer_name:
+                return place
     for word in ANSWER_WORDS:
-        for column, item in places:
-            if word in fold_case(column + item):
-                return column, item
+        for place, name in names.items():
+            if word in name:
+                return place
     return None

@@ -190,6 +190,8 @@ COLUMN_SETS = (
     # At the end, because a `response` may be what a model has said, beside an answer or a label.
     ColumnSet(("instruction", "context", "response"), "{instruction}\n{context}", "{response}"),
 )
+# Columns that probably hold a list of choices.
+CHOICE_LISTS = ("options", "choices", "endings", "candidates", "answer_choices")
 # What a message shows of the table.
 EXPECTED = "text,label; premise,hypothesis,label; input,target; instruction,input,output; messages"
 

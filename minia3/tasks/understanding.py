@@ -23,6 +23,7 @@ from minia3.tasks.column_flags import (
     with_target,
 )
 from minia3.tasks.columns import (
+    CHOICE_LISTS,
     ColumnNames,
     Columns,
     ColumnSet,
@@ -47,8 +48,7 @@ from minia3.tasks.task import TaskSpec
 
 # Columns that are used under these names, whatever the others are.
 SPECIAL = ("idx", "adapter")
-# Columns that probably hold a list of choices, and those that, with a number, hold one of them.
-CHOICE_LISTS = ("options", "choices", "endings", "candidates", "answer_choices")
+# Columns that, with a number, probably hold one of the choices.
 NUMBERED_CHOICES = (
     *("option", "opt", "choice", "answer", "ending", "sol", "solution"),
     *("candidate", "alternative"),

@@ -1037,7 +1037,9 @@ TURN = [{"role": "assistant", "content": "b"}]  # an answer of a row for DPO
             {"Chosen": "a long text", "Rejected": "a"},
             "put the prompts into a column of their own; to learn from both answers, write rows",
         ),
-        ({"prompt": "a", "responses": ["b"]}, "add a column with the answers"),
+        ({"prompt": "a", "responses": ["b"]}, '--input "{prompt}" --target "{responses[0]}", and'),
+        ({"prompt": "a", "answer_choices": ["b"]}, "add a column with the answers"),
+        ({"prompt": "a", "chosen": "b", "rejected": ["c"]}, '--target "{chosen}"'),
         ({"text": "a"}, "has the columns text; expected columns such as text,label; "),
         ({"text": "a"}, "add a column with the answers"),
         ({"instruction": "a", "input": "b"}, "add a column 'output' with the answers"),
@@ -1049,6 +1051,69 @@ def test_columns_that_say_too_little_are_answered_with_what_would_do(row, words,
     with pytest.raises(ValueError, match=r"rows\.jsonl has the columns [^\n]*\Z") as error:
         load(tmp_path, row)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "source", "target"),
+    [
+        # GoEmotions
+        ({"text": "so bad", "labels": [27], "id": "eebbqej"}, "{text}", "{labels[0]}"),
+        # HellaSwag
+        (
+            {"activity_label": "Removing ice", "ctx": "a man sits. he", "endings": ["x"]}
+            | {"source_id": "activitynet~v_-1IBHYS3L-Y", "split_type": "indomain", "label": "3"},
+            "{ctx}",
+            "{label}",
+        ),
+        # SWAG
+        (
+            {"video-id": "anetv_jkn6", "startphrase": "a man sits. he", "sent2": "he"}
+            | {"gold-source": "gold", "ending0": "x", "label": 0},
+            "{startphrase}",
+            "{label}",
+        ),
+        # MATH
+        (
+            {"problem": "what is 1 + 1?", "level": "Level 5", "type": "Algebra"}
+            | {"solution": "it is 2, because 1 + 1 = 2"},
+            "{problem}",
+            "{solution}",
+        ),
+        # MBPP
+        (
+            {"task_id": 1, "text": "add one", "code": "def f(a):\n    return a + 1"}
+            | {"test_list": ["assert f(1) == 2"], "test_setup_code": "import math, functools"},
+            "{text}",
+            "{code}",
+        ),
+        # HumanEval
+        (
+            {"task_id": "HumanEval/0", "prompt": "def f(a):", "canonical_solution": " return a"}
+            | {"test": "def check(f): assert f(1) == 1", "entry_point": "f"},
+            "{prompt}",
+            "{canonical_solution}",
+        ),
+        # Label Studio
+        (
+            {"text": "so bad", "id": 1, "mood": "bad", "annotator": 1, "annotation_id": 1}
+            | {"created_at": "2023-01-01T10:00:00.000000Z", "lead_time": 1.25},
+            "{text}",
+            "{mood}",
+        ),
+        # A number of stars, beside a text that is longer, and a query.
+        ({"user": "a long name", "text": "so bad", "rating": 5}, "{text}", "{rating}"),
+        ({"text": "stop it", "intent": "stop", "user": "a name"}, "{text}", "{intent}"),
+        # The usual input is found first, also if it is shorter.
+        ({"text": "dog", "hound": "a long text", "id": 7}, "{text}", "{hound}"),
+        ({"review": "a b", "uuid": "1b4e28ba-2fa1", "fit": "x"}, "{review}", "{fit}"),
+    ],
+)
+def test_the_columns_that_are_advised_are_an_input_and_its_answer(row, source, target, tmp_path):
+    """Ids and dates were advised as answers, and a label of something else."""
+    with pytest.raises(ValueError, match=r"\A[^\n]*\Z") as error:
+        load(tmp_path, row)
+    assert f'with --input "{source}" --target "{target}", and add' in str(error.value)
+    load(tmp_path, row, input=source, target=target)
 
 
 def test_what_is_advised_for_pairs_of_answers_works(tmp_path):
