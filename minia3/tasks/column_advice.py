@@ -76,12 +76,18 @@ def explain(columns: Columns, needs_answer: bool, used: Sequence[str]) -> str:
     )
 
 
-def explain_verdicts(columns: Columns, target: str, verdict: str) -> str:
-    """Return the message for a file that says of some answers that they are bad, as for KTO."""
+def explain_verdicts(columns: Columns, source: str, target: str, verdict: str) -> str:
+    """Return the message for a file that says of some answers that they are bad, as for KTO, or
+    MultiRC, whose task is to say so.
+
+    source, target: the texts of the input and of the answer.
+    """
     label = columns.name_in_file("label")
+    judged = f"{source}\n{target}".replace("\n", "\\n")
     return (
         f"{columns.origin} has answers to write, and its column {label!r} is {verdict} for some of "
-        f'them: leave those rows out, or learn all answers with --target "{target}"'
+        f'them: leave those rows out, or learn all answers with --target "{target}", or learn to '
+        f'judge them with --input "{judged}" --target "{{{label}}}" --labels no,yes'
     )
 
 

@@ -133,7 +133,7 @@ def name_labels(
     values = list(values)
     counts, spellings = count_labels(values)
     if not counts and not asked:
-        raise ValueError(f"{field!r} is {describe_no_labels(values)}")
+        raise ValueError(f"{field!r} is {describe_no_labels(values, field)}")
     if asked and counts.keys() <= set(map(label_key, asked)):
         return Labels(tuple(asked), tuple(asked))  # the labels themselves, in the order of the flag
     if all(INTEGER.fullmatch(key) for key in counts):
@@ -189,13 +189,16 @@ def count_labels(values: Iterable) -> tuple[Counter, dict[str, str]]:
     return counts, spellings
 
 
-def describe_no_labels(values: Iterable) -> str:
+def describe_no_labels(values: Iterable, field: str) -> str:
     """Explain why there are no labels in a column: it is empty, or the first value is not one."""
     for value in values:
         try:
             label_text(value)
-        except ValueError as error:  # such as a list of several labels
-            return f"{value!r:.40}, {error}"
+        except ValueError as error:
+            advice = ""
+            if isinstance(value, list):  # of several labels, or doccano's of one
+                advice = f'; --target "{{{field}[0]}}" takes the first of a list, with --labels'
+            return f"{value!r:.40}, {error}{advice}"
     return "empty in every row, expected labels"
 
 

@@ -168,7 +168,8 @@ def check_verdicts(columns: Columns, roles: ColumnRoles, given: ColumnRoles):
     if roles.target:
         verdict = find_bad_verdict(columns, roots_of([roles.target])[0])
         if verdict:
-            raise ValueError(explain_verdicts(columns, roles.target, verdict))
+            source = roles.prompts[0].text
+            raise ValueError(explain_verdicts(columns, source, roles.target, verdict))
     elif roles.label and fold_case(roles.label) != "answer" and has_rejected(columns):
         raise ValueError(explain_rejected(columns))
 

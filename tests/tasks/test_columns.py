@@ -1216,10 +1216,14 @@ def test_answers_with_a_zero_as_their_label_are_not_learned_unnoticed(bad, tmp_p
     ]
     message = (
         r"rows\.jsonl has answers to write, and its column 'label' is 0 for some of them: "
-        r'leave those rows out, or learn all answers with --target "\{answer\}"\Z'
+        r'leave those rows out, or learn all answers with --target "\{answer\}", or learn to judge '
+        r'them with --input "\{question\}\\n\{answer\}" --target "\{label\}" --labels no,yes\Z'
     )
     with pytest.raises(ValueError, match=message):
         load(tmp_path, *rows)
+    judged = load(tmp_path, *rows, input=r"{question}\n{answer}", target="{label}", labels="no,yes")
+    assert judged.columns == "reads question and answer, picks label among no (0), yes (1)"
+    assert rendered(judged)[:2] == [("a\nb", ["no", "yes"], 1), ("a\nc", ["no", "yes"], 0)]
     assert load(tmp_path, *rows, target="{answer}").columns == (
         "reads question, writes answer; ignores label"
     )
@@ -1237,10 +1241,13 @@ def test_answers_that_are_labeled_as_bad_are_not_learned_unnoticed(good, bad, tm
     ]
     message = (
         r"rows\.jsonl has answers to write, and its column 'Label' is false for some of them: "
-        r'leave those rows out, or learn all answers with --target "\{completion\}"\Z'
+        r'leave those rows out, or learn all answers with --target "\{completion\}", or learn to '
+        r'judge them with --input "\{prompt\}\\n\{completion\}" --target "\{Label\}" --labels no,y'
     )
     with pytest.raises(ValueError, match=message):
         load(tmp_path, *rows)
+    judged = load(tmp_path, *rows, input="{prompt} {completion}", target="{Label}", labels="no,yes")
+    assert rendered(judged) == [("a b", ["no", "yes"], 1), ("a c", ["no", "yes"], 0)]
     assert rendered(load(tmp_path, rows[0])) == [("a", ["b"], 0)]
     assert rendered(load(tmp_path, *rows, target="{completion}")) == [
         ("a", ["b"], 0),

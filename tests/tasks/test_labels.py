@@ -339,6 +339,16 @@ def test_labels_that_cannot_be_told_are_an_error(values, flags, words, tmp_path)
     assert str(error.value).startswith(f"{tmp_path}/")  # a grid has several files
 
 
+def test_a_list_as_a_label_is_answered_with_how_to_take_its_first_item(tmp_path):
+    """doccano writes one label as a list, too."""
+    rows = [["pos"], ["neg"], ["neg", "pos"]]
+    advice = r'true or false; --target "\{label\[0\]\}" takes the first of a list, with --labels\Z'
+    with pytest.raises(ValueError, match=advice):
+        load(tmp_path, rows)
+    task = load(tmp_path, rows, input="{text}", target="{label[0]}", labels="neg,pos")
+    assert found_labels(task) == [1, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [
