@@ -26,6 +26,7 @@ INTEGER = re.compile(r"0|-?[1-9][0-9]*")
 BOOLEANS = ("false", "true")  # in their own order
 # As pandas writes an integer beside an empty cell, and a database a decimal (1.00).
 INTEGER_AS_FLOAT = re.compile(r"(-?\d+)\.0+")
+DECIMAL = re.compile(r"-?\d*\.\d*[1-9]\d*")  # and no integer
 # Labels of test rows that stand for "no label". (SNLI has "-", and its copy on the hub -1.)
 HIDDEN = ("-1", "-", "none", "null", "nan")
 DOUBTFUL = (*HIDDEN, "na", "n/a", "?")  # in train, they may mean that, or be labels like others
@@ -352,15 +353,17 @@ def find_user_label(
     is_hidden = key is None or key in HIDDEN
     if is_hidden and may_be_hidden:
         return -1
-    advice = advice or advise_new_label(labels, prompt)
+    advice = advice or advise_new_label(labels, prompt, field)
     if is_hidden:
         advice = "leave the row out if it has no label"
     expected = f"expected one of {list_names(labels):.80}"
     raise ValueError(f"{field!r} is {value!r:.40}, {expected}: {advice}")
 
 
-def advise_new_label(labels: Sequence[str], prompt: Prompt) -> str:
+def advise_new_label(labels: Sequence[str], prompt: Prompt, field: str) -> str:
     """Return what the user can do about a label that is none of those that are known."""
+    if any(map(DECIMAL.fullmatch, labels)):  # such as the 3.8 of STS-B
+        return f'if these are scores, write them with --target "{{{field}}}"'
     if prompt.choices != choices_of(labels):
         # One more word of --labels could shift what the others stand for.
         return "add it to train, or to 'labels' in a task file"

@@ -124,7 +124,7 @@ def understand(
     roles = roles._replace(prompts=prompts)
     notes = notes_on_labels(roles, labels) + notes_on_integers(roles, columns, label_names)
     if not flags.labels and not given.labels:
-        notes += notes_on_doubtful_labels(labels)
+        notes += notes_on_doubtful_labels(labels) + notes_on_lists(roles, labels)
     if roles.messages:
         notes += notes_on_verdicts(columns, roles.messages)
     elif not roles.has_row_choices:
@@ -349,6 +349,17 @@ def notes_on_doubtful_labels(labels: Labels) -> list[str]:
     return [
         f"labels that may stand for no label: {list_names(map(repr, found))}; "
         "leave their rows out if that is so"
+    ]
+
+
+def notes_on_lists(roles: ColumnRoles, labels: Labels) -> list[str]:
+    """Return a note if the labels are the texts of lists, as pandas writes them into a .csv."""
+    are_lists = [word.startswith("[") and word.endswith("]") for word in labels.spelled]
+    if not are_lists or not all(are_lists):
+        return []
+    return [
+        f"each label is the text of a list, such as {labels.spelled[0]!r:.40}, and is learned as a "
+        f'whole: in a .jsonl file, --target "{{{roles.label}[0]}}" takes the first item'
     ]
 
 

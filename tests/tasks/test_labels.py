@@ -219,6 +219,39 @@ def test_a_label_that_train_has_not_is_an_error_with_its_line(tmp_path):
     assert load_task(tmp_path, labels="x,y,z").validation[1]["label"] == 2
 
 
+def test_scores_that_are_no_labels_are_to_be_written(tmp_path):
+    """A score that train has not was to be added to train, or to --labels."""
+    for name, values in (("train", [0.5, 1, 0.5, 1]), ("test", [3.8])):
+        rows = [{"sentence1": "a", "sentence2": "b", "label": value} for value in values]
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(*rows))
+    words = r"expected one of 0.5, 1: if these are scores, write them with --target .{label}.\Z"
+    with pytest.raises(ValueError, match=words):
+        load_task(tmp_path)
+    task = load_task(tmp_path, target="{label}")
+    assert task.columns == "reads sentence1 and sentence2, writes label"
+    assert render(task.prompts[0], task.test[0]).choices == ["3.8"]
+
+
+@pytest.mark.parametrize(
+    ("values", "is_noted"),
+    [
+        (["['joy', 'anger']", "[27]", "[]"], True),
+        (["joy", "[27]", "[1]"], False),
+        (["[joy", "x]", "[y"], False),
+    ],
+)
+def test_labels_that_are_the_texts_of_lists_are_noted(values, is_noted, tmp_path):
+    """pandas writes them into a .csv, and each list was learned as a label, without a word."""
+    rows = "".join(f'w{i},"{value}"\n' for i, value in enumerate(values))
+    (tmp_path / "rows.csv").write_text(f"text,label\n{rows}")
+    notes = [note for note in load_task(tmp_path / "rows.csv").notes if "of a list" in note]
+    expected = (
+        "each label is the text of a list, such as \"['joy', 'anger']\", and is learned as a "
+        'whole: in a .jsonl file, --target "{label[0]}" takes the first item'
+    )
+    assert notes == ([expected] if is_noted else [])
+
+
 def test_words_for_words_are_refused_once_and_not_in_each_row(tmp_path):
     # "add it to train, or to --labels" stood behind each row, and the words are in train.
     words = (
