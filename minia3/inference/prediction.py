@@ -26,10 +26,11 @@ from minia3.inference.scoring import (
 )
 from minia3.inference.turns import ending_answers
 from minia3.tasks.column_flags import ColumnFlags
+from minia3.tasks.csv_rows import QuotedCells
 from minia3.tasks.examples import Example, encode_question, encode_rows
 from minia3.tasks.limits import fit_targets
 from minia3.tasks.prompts import Prompt, Rendered
-from minia3.tasks.row_files import column_names, read_rows
+from minia3.tasks.row_files import column_names, read_rows, rows_suffix
 from minia3.tasks.rows import (
     PREDICTED,
     check_columns,
@@ -205,9 +206,10 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
 
     forms: Forms. adapters: an Adapters. default: the adapter of rows that name none; if it is None,
     and there are adapters, the column `adapter` holds their names. Answers in the file are not
-    read. Warn after the last row of columns that are empty in some rows, and of inputs that were
-    cut. Raise ValueError, "path:line: reason", at the first wrong row, and before the first row if
-    no row of the file has the column `adapter`, which must name the adapters.
+    read. Warn after the last row of columns that are empty in some rows, of cells of a .tsv that a
+    program has put into quotes, and of inputs that were cut. Raise ValueError, "path:line: reason",
+    at the first wrong row, and before the first row if no row of the file has the column `adapter`,
+    which must name the adapters.
     """
     # In a published task, an empty text is a text.
     keep_empty = forms.default is not None and forms.default.spec.is_published
@@ -220,6 +222,8 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
         )
     n_empty = Counter()
     n_cut = 0
+    quoted = QuotedCells()
+    is_tsv = rows_suffix(Path(path)) == ".tsv"
     for n, (line_number, file_row) in enumerate(read_rows(path, keep_empty)):
         with reading(f"{path}:{line_number}"):
             if isinstance(file_row, ValueError):
@@ -238,8 +242,10 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
             warn_of_equal_choices(example, rendered.choices)
             if not spec.is_published:
                 n_empty.update(empty_columns(row, prompt))
+                if is_tsv:
+                    quoted.add(path, file_row)
         yield Input(row, rendered, example, spec.labels, name, file_row)
-    notes = describe_empty(n_empty)
+    notes = describe_empty(n_empty) + quoted.notes()
     if n_cut:
         notes.append(
             f"{n_cut} {plural(n_cut, 'input')} cut to {limits.source} tokens (--max-length)"

@@ -2,10 +2,12 @@
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import chain, repeat
+from pathlib import Path
 from typing import BinaryIO
 
 from minia3.tasks.json_rows import parse_json
@@ -214,3 +216,41 @@ def parse_choices(cell: str) -> list | dict:
                 "writes lists in another form: save the rows as .jsonl or .parquet)"
             ) from None
     return [choice.strip() for choice in cell.split("|")]
+
+
+class QuotedCells:
+    """Counts the cells of .tsv files that a program has put into quotes, which the model reads."""
+
+    def __init__(self):
+        self.n_doubled = 0  # cells in which each quote of the text is doubled, as pandas writes
+        # (file, column) -> cells in quotes that have a comma. Excel writes these, even with tabs.
+        self.n_with_comma = Counter()
+        self.others = set()  # columns with a comma outside quotes, or with quotes for no reason
+
+    def add(self, path: Path, row: dict):
+        """Count the cells of a row. path: its .tsv file."""
+        for name, cell in row.items():
+            is_quoted = len(cell) > 1 and cell.startswith('"') and cell.endswith('"')
+            if is_quoted and '""' in cell[1:-1]:
+                self.n_doubled += 1
+            elif is_quoted and "," in cell:
+                self.n_with_comma[path, name] += 1
+            elif is_quoted or "," in cell:
+                self.others.add((path, name))
+
+    def notes(self) -> list[str]:
+        """Return a note for each program that seems to have written the files."""
+        n_excel = sum(n for key, n in self.n_with_comma.items() if key not in self.others)
+        counts = {
+            "with each quote inside doubled": self.n_doubled,
+            "as Excel puts cells that have a comma": n_excel,
+        }
+        notes = []
+        for reason, n_cells in counts.items():
+            are_quoted = "cell of .tsv files is" if n_cells == 1 else "cells of .tsv files are"
+            if n_cells:
+                notes.append(
+                    f"{n_cells} {are_quoted} in quotes, {reason}. The model reads all of these "
+                    "quotes: name the file .csv to leave them out"
+                )
+        return notes

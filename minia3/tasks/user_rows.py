@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minia3.tasks.column_flags import ColumnFlags, with_label_names
+from minia3.tasks.csv_rows import QuotedCells
 from minia3.tasks.format_strings import final_field
 from minia3.tasks.known_tasks import SHIPPED
 from minia3.tasks.library_data import find_hub_files, find_saved_files
@@ -152,24 +153,13 @@ def names_of_labels(path: Path, spec: TaskSpec) -> list[str]:
 
 
 def note_quotes(files: dict[str, list[Path]], rows: dict[str, list[FileRow]]) -> list[str]:
-    """Return a note in a list if a program, such as pandas, has put cells of a .tsv into quotes."""
+    """Return notes if programs, such as pandas or Excel, have put cells of a .tsv into quotes."""
     paths = {path for path in chain.from_iterable(files.values()) if rows_suffix(path) == ".tsv"}
-    n_cells = 0
+    quoted = QuotedCells()
     for found in chain.from_iterable(rows.values()):
         if isinstance(found.row, dict) and found.path in paths:
-            n_cells += sum(map(is_quoted, found.row.values()))
-    if not n_cells:
-        return []
-    are_quoted = "cell of .tsv files is" if n_cells == 1 else "cells of .tsv files are"
-    return [
-        f"{n_cells} {are_quoted} in quotes, with each quote inside doubled. The model reads all of "
-        "these quotes: name the file .csv to leave them out"
-    ]
-
-
-def is_quoted(cell) -> bool:
-    is_in_quotes = isinstance(cell, str) and cell.startswith('"') and cell.endswith('"')
-    return is_in_quotes and '""' in cell[1:-1]
+            quoted.add(found.path, found.row)
+    return quoted.notes()
 
 
 def note_gaps(rows: list[dict], spec: TaskSpec) -> list[str]:

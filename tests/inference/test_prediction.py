@@ -479,6 +479,21 @@ def test_rows_that_lack_a_column_are_counted_at_the_end(tmp_path, capsys):
     assert found.out.count("\n") == 4
 
 
+def test_cells_in_quotes_are_counted_in_a_tsv_file_to_answer(tmp_path, capsys):
+    """The note was for training alone."""
+    file = tmp_path / "rows.tsv"
+    file.write_text('text\tid\n"w3, w4"\t1\n"w3 ""w4"""\t2\n')
+    predict(running.model("t5"), file, "--labels", "w5,w6", "--input", "{text}")
+    doubled, excel = capsys.readouterr().err.splitlines()
+    rest = "The model reads all of these quotes: name the file .csv to leave them out"
+    start = "minia3: 1 cell of .tsv files is in quotes"
+    assert doubled == f"{start}, with each quote inside doubled. {rest}"
+    assert excel == f"{start}, as Excel puts cells that have a comma. {rest}"
+    file.rename(tmp_path / "rows.csv")
+    predict(running.model("t5"), tmp_path / "rows.csv", "--labels", "w5,w6", "--input", "{text}")
+    assert capsys.readouterr().err == ""
+
+
 def test_an_empty_text_of_a_published_task_is_not_counted(tmp_path, capsys):
     file = write(tmp_path / "rows.jsonl", [{"premise": "w3", "hypothesis": ""}])
     predict(running.model("t5"), file, "--task", "rte")

@@ -370,6 +370,33 @@ def test_cells_in_quotes_are_counted_in_a_tsv_file(tmp_path):
     assert [row["text"] for row in task.train[:3]] == ['He said "hi"', 'A "b" c', "so"]
 
 
+@pytest.mark.parametrize(
+    ("texts", "n_cells"),
+    [
+        (['"so, so"', "good", '"well, no"'], 2),
+        (['"so, so"', "good", '"He said ""no, no"""'], 1),
+        (['"so, so"', "a, b", "good"], 0),  # a comma without quotes
+        (['"so, so"', '"no"', "good"], 0),  # quotes without a comma
+        (["so", "no", '"'], 0),
+    ],
+)
+def test_cells_that_excel_puts_into_quotes_are_counted_in_a_tsv_file(texts, n_cells, tmp_path):
+    """Its tab-delimited text has quotes around cells with a comma. The model learned to read
+    them, and no note said so."""
+    rows = "".join(f"{text}\tgood\n" for text in texts)
+    (tmp_path / "rows.tsv").write_text(f"text\tlabel\n{rows}")
+    found = [note for note in load_task(tmp_path / "rows.tsv").notes if "Excel" in note]
+    are_quoted = "cell of .tsv files is" if n_cells == 1 else "cells of .tsv files are"
+    expected = (
+        f"{n_cells} {are_quoted} in quotes, as Excel puts cells that have a comma. The model reads "
+        "all of these quotes: name the file .csv to leave them out"
+    )
+    assert found == ([expected] if n_cells else [])
+    (tmp_path / "rows.tsv").rename(tmp_path / "rows.csv")
+    if n_cells:
+        assert "so, so" in {row["text"] for row in load_task(tmp_path / "rows.csv").train}
+
+
 def test_inputs_that_end_in_white_space_are_counted(tmp_path):
     (tmp_path / "val.jsonl").write_bytes(
         lines(target(0), {**target(1), "input": "Answer: "}, {**target(2), "input": "a\n"})
