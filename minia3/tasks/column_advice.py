@@ -209,8 +209,21 @@ def advise_flags(columns: Columns) -> str:
     more = "; --input may name several columns" if has_more else ""
     return (
         f'say which is which with --input "{source_text}" --target "{in_braces(target)}", '
-        f"and add --labels WORD,WORD if the target is one of a few words{more}"
+        f"and add --labels WORD,WORD if the target is one of a few words"
+        f"{advise_label(columns, sources, target)}{more}"
     )
+
+
+def advise_label(
+    columns: Columns, sources: Sequence[tuple[str, str]], target: tuple[str, str]
+) -> str:
+    """Return what to do in place of flags if the target is all that lacks a usual name, or ""."""
+    column, item = target
+    inputs = {fold_case("".join(place)) for place in sources}
+    usual = [set(field_names(each.input)) for each in COLUMN_SETS if each.names[-1] == "label"]
+    if item or "label" in columns or inputs not in usual:
+        return ""
+    return f" (or call the column {column!r} label)"
 
 
 def in_braces(place: tuple[str, str]) -> str:

@@ -1002,8 +1002,14 @@ TURN = [{"role": "assistant", "content": "b"}]  # an answer of a row for DPO
         (
             {"sentence1": "a", "sentence2": "b", "label1": "x", "gold_label": "y"},
             r'messages: say which is which with --input "{sentence1}\n{sentence2}" --target '
-            '"{gold_label}", and add --labels WORD,WORD if the target is one of a few words; '
-            "--input may name several columns",
+            '"{gold_label}", and add --labels WORD,WORD if the target is one of a few words (or '
+            "call the column 'gold_label' label); --input may name several columns",
+        ),
+        # Banking77
+        (
+            {"text": "a", "category": "x"},
+            '--input "{text}" --target "{category}", and add --labels WORD,WORD if the target is '
+            "one of a few words (or call the column 'category' label)",
         ),
         ({"text": "a", "created": "2022-01-01", "sentiment": "x"}, '--input "{text}" --target'),
         ({"text1": "a b", "text2": "b", "label": "x"}, "messages: say which is which with --input"),
@@ -1114,6 +1120,20 @@ def test_the_columns_that_are_advised_are_an_input_and_its_answer(row, source, t
         load(tmp_path, row)
     assert f'with --input "{source}" --target "{target}", and add' in str(error.value)
     load(tmp_path, row, input=source, target=target)
+
+
+def test_to_call_a_column_label_is_advised_only_if_it_helps(tmp_path):
+    task = load(tmp_path, {"text": "a", "label": "x"})
+    assert task.columns == "reads text, picks label among x"
+    for row in (
+        {"post": "a b", "category": "x"},  # there is no usual name for what is read
+        {"text": "a", "tags": {"category": "x"}},  # only a part of the column is meant
+        {"prompt": "a", "reply": "b"},  # nothing is picked
+        {"text1": "a", "label": "x"},  # there is such a column
+    ):
+        with pytest.raises(ValueError, match="which is which") as error:
+            load(tmp_path, row)
+        assert "or call the column" not in str(error.value)
 
 
 def test_what_is_advised_for_pairs_of_answers_works(tmp_path):
