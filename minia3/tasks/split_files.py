@@ -173,6 +173,10 @@ def describe_folder(folder: Path, entries: list[Path]) -> str:
     found = list_names((path.name for path in entries), N_SHOWN)
     hint = ""
     for path in entries:
+        split = SPLIT_OF_NAME.get(path.name.lower())
+        if path.is_dir() and split:
+            hint = f"; {path.name} is a folder: {advise_split(path, split)}"
+            break
         if path.is_dir() and has_splits(path):
             hint = f"; {path} has such files"
             break

@@ -221,6 +221,17 @@ def test_a_folder_inside_that_has_the_splits_is_named(tmp_path):
     assert refused(tmp_path).endswith(f"found README.md, data; {tmp_path / 'data'} has such files")
 
 
+def test_folders_that_are_named_like_splits_are_called_folders(tmp_path):
+    """The message expected files named train and test, and had found train and test."""
+    fill(tmp_path / "Train", "a.jsonl")
+    fill(tmp_path / "test", "b.jsonl")
+    message = refused(tmp_path)
+    end = "found Train, test; Train is a folder: put its rows into a file train.csv"
+    assert message.endswith(end)
+    fill(tmp_path / "Train", "train.jsonl")
+    assert refused(tmp_path) == message
+
+
 def test_a_folder_that_cannot_be_listed_is_one_line(tmp_path, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied")
