@@ -338,6 +338,8 @@ def draw_shots(splits: Splits, spec: TaskSpec, shots: int, seed: int) -> list[di
         for row in splits.train:
             pools[row["label"]].append(row)
     n_available = min(map(len, pools))
+    if not splits.train:
+        raise ValueError(f"{splits.name}: there are no rows of train to draw --shots {shots} from")
     if not 1 <= shots <= n_available:
         unit = "shots of each label" if spec.per_class else "shots"
         raise ValueError(f"{splits.name}: expected 1 to {n_available} {unit}, found {shots}")

@@ -336,6 +336,14 @@ def test_a_folder_with_only_a_train_file_is_split_like_a_file(tmp_path):
     assert len(load_task(str(tmp_path)).validation) == 2
 
 
+def test_without_rows_to_train_on_there_are_no_shots(tmp_path):
+    """The message expected 1 to 0 shots."""
+    (tmp_path / "test.jsonl").write_bytes(lines(*(target(i) for i in range(3))))
+    words = rf"{tmp_path.name}: there are no rows of train to draw --shots 4 from\Z"
+    with pytest.raises(ValueError, match=words):
+        load_task(tmp_path, shots=4)
+
+
 def test_two_rows_cannot_be_split(tmp_path):
     (tmp_path / "mine.jsonl").write_bytes(lines(target(0), target(1)))
     with pytest.raises(ValueError, match=r"too few rows to split \(2\): give a folder"):
