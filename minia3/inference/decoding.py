@@ -15,6 +15,7 @@ import math
 import operator
 import secrets
 import warnings
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -300,7 +301,7 @@ def generate_in_batches(model, sources, decoders, end_ids, adapter, options, cut
             numbers += range(i * options.samples, (i + 1) * options.samples)
         texts = [Text(decoders[i // options.samples], options.stops) for i in numbers]
         ended = set()
-        with torch.inference_mode(False), torch.no_grad():  # see `decode_tokens`
+        with decoding_modes():
             state = model.start(to_device(source_BM, device), mask_BM, adapters)
         tokens = generate_tokens(model, state, numbers, seed, ended, end_ids, options)
         del state  # or its keys and values would stay in memory beside the copies of them
@@ -356,8 +357,6 @@ def search_tokens(model, state, end_ids, options):
             row += 1
 
 
-@torch.inference_mode(False)  # because a stream that begins in this mode may continue outside it
-@torch.no_grad()
 def decode_tokens(model, state, max_new_tokens, ended, sampler=None, end_ids=None):
     """Yield (row, token) for all rows of `state`, step by step.
 
@@ -373,22 +372,34 @@ def decode_tokens(model, state, max_new_tokens, ended, sampler=None, end_ids=Non
         kept = [i for i, row in enumerate(rows) if row not in ended]
         if not kept:
             return
-        n_ended = len(rows) - len(kept)
-        if n_ended > 0 and n_ended >= LEAVES_AT * len(rows):
-            rows = [rows[i] for i in kept]
-            kept_R = torch.tensor(kept)
-            state = state.select(kept_R)
-            tokens_B1 = tokens_B1[to_device(kept_R, tokens_B1.device)]
+        with decoding_modes():
+            n_ended = len(rows) - len(kept)
+            if n_ended > 0 and n_ended >= LEAVES_AT * len(rows):
+                rows = [rows[i] for i in kept]
+                kept_R = torch.tensor(kept)
+                state = state.select(kept_R)
+                tokens_B1 = tokens_B1[to_device(kept_R, tokens_B1.device)]
 
-        with fast_products(len(rows), model.embed.weight):
-            logits_BV = model.step(tokens_B1, state)[:, -1].float()
-        tokens_B1 = choose_tokens(logits_BV, rows, sampler)
-        pairs = read_tokens(tokens_B1, logits_BV, rows, ended)
+            with fast_products(len(rows), model.embed.weight):
+                logits_BV = model.step(tokens_B1, state)[:, -1].float()
+            tokens_B1 = choose_tokens(logits_BV, rows, sampler)
+            pairs = read_tokens(tokens_B1, logits_BV, rows, ended)
         yield from without_end_tokens(pairs, end_ids, ended)
 
 
-@torch.inference_mode(False)  # see `decode_tokens`
-@torch.no_grad()
+@contextmanager
+def decoding_modes():
+    """Run a step without gradients, and outside of inference mode.
+
+    The caller of a generator may be in another mode at each step, and a tensor that was made in
+    inference mode cannot be changed outside of it. A generator enters these modes for each step. As
+    its decorators, they would keep its arguments until it ends, and so the keys and values of rows
+    that have left the batch.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def decode_compiled(model, state, max_new_tokens, ended, sampler=None, end_ids=None):
     """Yield what `decode_tokens` yields, from a compiled step with static shapes (static_state.py).
 
@@ -405,16 +416,17 @@ def decode_compiled(model, state, max_new_tokens, ended, sampler=None, end_ids=N
         for n_written in range(max_new_tokens):
             if len(ended) == len(rows):
                 return
-            if n_written == 1:  # the first step was a plain one, and has made the caches
-                state = StaticState.make(state, max_new_tokens - 1, room, max_length)
-                step = compile_step(model, state)
+            with decoding_modes():
+                if n_written == 1:  # the first step was a plain one, and has made the caches
+                    state = StaticState.make(state, max_new_tokens - 1, room, max_length)
+                    step = compile_step(model, state)
 
-            logits_BV = step(tokens_B1, state)[:, -1].float()
-            find_rows(numbers, model)  # another thread may have removed an adapter meanwhile
-            tokens_B1 = choose_tokens(logits_BV, rows, sampler)
-            if n_written > 0:
-                state.advance()
-            pairs = read_tokens(tokens_B1, logits_BV, rows, ended)
+                logits_BV = step(tokens_B1, state)[:, -1].float()
+                find_rows(numbers, model)  # another thread may have removed an adapter meanwhile
+                tokens_B1 = choose_tokens(logits_BV, rows, sampler)
+                if n_written > 0:
+                    state.advance()
+                pairs = read_tokens(tokens_B1, logits_BV, rows, ended)
             yield from without_end_tokens(pairs, end_ids, ended)
 
 

@@ -96,6 +96,21 @@ def test_the_state_that_it_starts_from_stays(model):
     torch.testing.assert_close(torch.cat(found), torch.cat(expected))
 
 
+def test_the_state_that_it_starts_from_is_kept_by_nobody(model, monkeypatch):
+    """Otherwise its keys and values would stay beside their copies in the Room."""
+    monkeypatch.setattr(decoding, "compile_step", lambda model, state: model.step)
+    state = model.start(torch.tensor([[5, 6, 7], [8, 9, 4]]))
+    kept = weakref.ref(state)
+    pairs = decoding.decode_compiled(model, state, 3, set(), end_ids=())
+    del state
+    for _ in range(2):
+        next(pairs)
+    assert kept() is not None  # the first step is a plain one
+    next(pairs)
+    assert kept() is None
+    assert len(list(pairs)) == 3
+
+
 def tensors_of(state):
     """Return the tensors of a state and of its caches, but for those that no step reads."""
     values = [value for name, value in vars(state).items() if name not in ("start", "owner_M")]

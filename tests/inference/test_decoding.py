@@ -916,6 +916,17 @@ def test_the_keys_and_values_of_a_prompt_are_kept_once(both, monkeypatch):
     assert n_seen > 1
 
 
+def test_the_state_of_rows_that_have_left_is_kept_by_nobody(both):
+    state = both.model.start(random_tokens(9, 4))
+    kept = weakref.ref(state)
+    pairs = decode_tokens(both.model, state, 3, ended={0, 1}, end_ids=())
+    del state
+    assert kept() is not None
+    next(pairs)
+    assert kept() is None  # nobody waits for the garbage collector
+    assert len(list(pairs)) == 3 * 7 - 1
+
+
 # Scores that are not finite
 
 
