@@ -94,10 +94,14 @@ def masked_logprobs(model, state, target, mask):
     x_ND = model.run_blocks(read_BL, state).flatten(0, 1)
     target_N = target.flatten().long()
     if mask is None:
-        return target_logprobs(x_ND, model.head_weight, target_N).view(target.shape)
-    place_T = true_places(mask, target.device)
-    logp_T = target_logprobs(x_ND.index_select(0, place_T), model.head_weight, target_N[place_T])
-    return spread(logp_T, place_T, mask.shape)
+        logp = target_logprobs(x_ND, model.head_weight, target_N).view(target.shape)
+    else:
+        place_T = true_places(mask, target.device)
+        x_TD = x_ND.index_select(0, place_T)
+        logp_T = target_logprobs(x_TD, model.head_weight, target_N[place_T])
+        logp = spread(logp_T, place_T, mask.shape)
+    state.end_step()
+    return logp
 
 
 def choice_logprobs(model, batch, adapter=None):

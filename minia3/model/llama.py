@@ -163,6 +163,7 @@ class Llama(nn.Module):
         )
         if read_BL.shape[1] > 0:  # a prompt of one token leaves the cache empty
             self.run_blocks(read_BL, state, packing, kv_only=True)
+            state.end_step()
             for cache in state.caches:
                 cache.kv = packing.padded_kv(cache.kv)
                 cache.length = state.length  # for rows end to end, it was that of all rows
@@ -174,7 +175,9 @@ class Llama(nn.Module):
 
         This advances `state`. The errors are those of T5.step.
         """
-        return self.logits(self.run_blocks(tokens, state))
+        logits_BLV = self.logits(self.run_blocks(tokens, state))
+        state.end_step()
+        return logits_BLV
 
     def run_blocks(self, tokens, state, packing=NO_PACKING, kv_only=False):
         """Continue with tokens (B, L), and return what the head reads (B, L, D).

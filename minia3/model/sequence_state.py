@@ -126,6 +126,7 @@ class State:
     source_packing: Packing | NoPacking = NO_PACKING
     n_sharing: int = 1  # rows that share one row of the caches
     adapter_numbers: tuple = ()  # those that the caller gave, each once: see adapter_rows.py
+    is_stepping: bool = False  # from `append_columns` to `end_step`
 
     def check_adapters(self, model):
         """Raise ValueError if an adapter was removed or replaced while its vectors were read.
@@ -140,7 +141,13 @@ class State:
             cache.read_cross_kv()
 
     def check_tokens(self, tokens):
-        """Raise ValueError unless these are tokens (R, L) for each row."""
+        """Raise ValueError if these are not tokens (R, L) for each row, or if the last step failed.
+
+        After an error (out of memory, Ctrl-C), only some of the blocks have read its tokens, so all
+        that follows would be wrong.
+        """
+        if self.is_stepping:
+            raise ValueError("the last step of this state failed halfway: start again")
         n_rows = len(self.start)
         if tokens.dim() != 2 or len(tokens) != n_rows or tokens.shape[1] == 0:
             expected = f"expected tokens for each of {n_rows} rows"
@@ -150,9 +157,11 @@ class State:
         """Add columns for the next tokens, and return the tokens as the blocks read them.
 
         tokens_RL (R, L) becomes (R / n_sharing, n_sharing * L): rows that share a cache row stand
-        side by side in it. Raise ValueError if the number of rows is wrong.
+        side by side in it. Raise ValueError if the number of rows is wrong. Whoever asks for the
+        logits calls `end_step` after them.
         """
         self.check_tokens(tokens_RL)
+        self.is_stepping = True
         n_tokens = tokens_RL.shape[1]
         column_N = torch.arange(self.n_sharing * n_tokens, device=tokens_RL.device)
         self.token_M = torch.cat((self.token_M, self.length + column_N % n_tokens))
@@ -164,6 +173,10 @@ class State:
             is_real = torch.ones_like(tokens, dtype=torch.bool)
             self.mask_BM = torch.cat((self.mask_BM, is_real), dim=1)
         return tokens
+
+    def end_step(self):
+        """Say that the step has succeeded, so that another one may follow."""
+        self.is_stepping = False
 
     def query_columns(self, x, n_queries):
         """Return the columns (..., L) of x (..., M) that were appended last: those of the queries.

@@ -133,6 +133,9 @@ class StaticState(State):
     def append_columns(self, tokens_B1):
         return tokens_B1  # there is room, and `advance` counts
 
+    def end_step(self):
+        """Do nothing: `append_columns` has begun nothing. A compiled step sets no attribute."""
+
     def prepare_decoding(self):
         """Do nothing: `make` has called `select`, which pads. A compiled step prepares nothing."""
 

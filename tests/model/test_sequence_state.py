@@ -20,6 +20,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import minia3
+from minia3.inference import scoring
 from minia3.model import packing, sequence_state
 from minia3.model.sequence_state import State
 
@@ -480,12 +481,14 @@ def test_a_column_is_seen_by_later_columns_of_its_row():
     empty = torch.zeros(0, dtype=torch.long)
     state = State(torch.zeros(2, 1), None, [], empty, empty)
     state.append_columns(torch.zeros(2, 2))
+    state.end_step()
     # Two columns belong to both rows. Then each row gets two, and then one.
     shared = state.repeat(2)
     assert shared.append_columns(torch.arange(8).view(4, 2)).tolist() == [
         [0, 1, 2, 3],
         [4, 5, 6, 7],
     ]
+    shared.end_step()
     assert shared.append_columns(torch.arange(4).view(4, 1)).tolist() == [[0, 1], [2, 3]]
     assert state.length == 2
     assert shared.length == 5
@@ -777,6 +780,45 @@ def test_adapters_that_are_no_numbers_are_refused(models, adapter):
     message = r"adapter is .*, expected rows of the model \(Adapters.rows returns the rows of names"
     with pytest.raises(ValueError, match=message):
         models["llama-gqa"].start(tokens(2, 3), None, adapter)
+
+
+def advance(model, state, target, kind):
+    if kind == "step":
+        return model.step(target, state)
+    return minia3.logprobs(model, state, target)
+
+
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("part", ["tokens", "last block", "logits"])
+@pytest.mark.parametrize("kind", ["step", "logprobs"])
+def test_a_state_whose_last_step_has_failed_is_refused(models, name, part, kind, monkeypatch):
+    """Some of its blocks may have read the tokens, and others not."""
+    model = models[name]
+    target = tokens(2, 3, seed=1)
+    decoder = model.decoder if name.startswith("t5") else model
+    expected = advance(model, model.start(tokens(2, 4)), target, kind)
+    state = model.start(tokens(2, 4))
+    with monkeypatch.context() as patch:
+        if part == "tokens":
+            patch.setattr(model.embed, "forward", out_of_memory)
+        elif part == "last block":
+            patch.setattr(decoder.blocks[-1].ffn, "forward", out_of_memory)
+        else:
+            patch.setattr(model, "logits", out_of_memory)
+            patch.setattr(scoring, "target_logprobs", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            advance(model, state, target, kind)
+    for failed in (state, state.select(torch.tensor([1, 0]))):
+        with pytest.raises(ValueError, match="the last step of this state failed halfway"):
+            advance(model, failed, target, kind)
+    state = model.start(tokens(2, 4))
+    assert torch.equal(advance(model, state, target, kind), expected)
+    advance(model, state, target, kind)  # another step may follow one that has succeeded
 
 
 # Lengths
