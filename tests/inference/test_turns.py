@@ -61,6 +61,28 @@ def test_a_plain_row_has_the_same_answer_before_and_after_a_conversation(
     assert alone.startswith(answer)
 
 
+# A token that is not special is text, and so is the space before it.
+@pytest.mark.parametrize(("is_special", "space"), [(True, ""), (False, " ")])
+def test_an_answer_in_python_ends_with_the_turn_if_its_end_is_a_stop_text(
+    chatting, is_special, space, tmp_path, capsys
+):
+    """docs/python-api.md says so. Otherwise the model goes on and asks itself."""
+    folder, end = chatting
+    model = minia3.load_model(folder)
+    tokenizer = minia3.load_tokenizer(folder)
+    tokenizer.backend.add_tokens([AddedToken(end, single_word=True, special=is_special)])
+    tokenizer.save(folder)
+    messages = [{"role": "user", "content": PROMPT}]
+    (expected,) = predicted(capsys, folder, tmp_path / "rows.jsonl", [{"messages": messages}])
+    prompts = [tokenizer.chat(messages)]
+    stop = tokenizer.end_of_turn() or ()
+    assert stop == end
+    (answer,) = minia3.generate(model, tokenizer, prompts, max_new_tokens=6, stop=stop)
+    (endless,) = minia3.generate(model, tokenizer, prompts, max_new_tokens=6)
+    assert answer == expected + space
+    assert endless != answer
+
+
 def saved_apart(chatting, folder):
     """Write the model without its template to a folder. Return the template."""
     model, _ = chatting
