@@ -139,6 +139,7 @@ class Llama(nn.Module):
         if mask is None:
             packing = NO_PACKING
             mask_BL = None
+            n_padding = ()
             read_BL = source[:, :-1]
             start_B1 = source[:, -1:]
         else:
@@ -148,7 +149,10 @@ class Llama(nn.Module):
             source_BM = source.gather(1, to_device(order_BM, source.device))
             last_B1 = mask.sum(dim=1, keepdim=True) - 1
             start_B1 = source_BM.gather(1, to_device(last_B1, source.device))
-            read_BL = source_BM[:, : max(self.n_read_at_least, int(last_B1.max()))]
+            n_read = last_B1.flatten().tolist()  # of each prompt
+            n_columns = max(self.n_read_at_least, *n_read)
+            n_padding = tuple(n_columns - n for n in n_read)
+            read_BL = source_BM[:, :n_columns]
             mask_BL = torch.arange(read_BL.shape[1], device=mask.device) < last_B1
             packing = Packing(mask_BL, source.device, self.blocks[0])
             mask_BL = to_device(mask_BL, source.device)
@@ -168,6 +172,7 @@ class Llama(nn.Module):
                 cache.kv = packing.padded_kv(cache.kv)
                 cache.length = state.length  # for rows end to end, it was that of all rows
             state.mask_BM = mask_BL  # for the tokens that follow
+            state.n_padding = n_padding
         return state
 
     def step(self, tokens, state):
@@ -187,7 +192,7 @@ class Llama(nn.Module):
         keys and values.
         """
         tokens_BL = state.append_columns(tokens)
-        self.warn_if_too_long(state.length)
+        self.warn_if_too_long(state.longest())
         x_BLD = self.embed(tokens_BL)
         context = self.context(tokens_BL, state, packing, x_BLD.dtype)
         x = packing.pack(x_BLD)

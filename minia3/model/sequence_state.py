@@ -121,6 +121,7 @@ class State:
     owner_M: torch.Tensor
     length: int = 0  # tokens of a row so far
     mask_BM: torch.Tensor | None = None  # which columns are real; None: all of them
+    n_padding: tuple = ()  # columns of padding in each row of the caches; (): none
     memory_bias_B11M: torch.Tensor | None = None  # for cross-attention: the source's padding
     # How `cross_kv` lies in the caches: padded, or end to end
     source_packing: Packing | NoPacking = NO_PACKING
@@ -143,8 +144,8 @@ class State:
     def check_tokens(self, tokens):
         """Raise ValueError if these are not tokens (R, L) for each row, or if the last step failed.
 
-        After an error (out of memory, Ctrl-C), only some of the blocks have read its tokens, so all
-        that follows would be wrong.
+        After an error (out of memory, Ctrl-C), only some of the blocks may have read its tokens, so
+        what follows would be wrong.
         """
         if self.is_stepping:
             raise ValueError("the last step of this state failed halfway: start again")
@@ -177,6 +178,10 @@ class State:
     def end_step(self):
         """Say that the step has succeeded, so that another one may follow."""
         self.is_stepping = False
+
+    def longest(self):
+        """Return the number of tokens of the longest row so far, without its padding."""
+        return self.length - min(self.n_padding, default=0)
 
     def query_columns(self, x, n_queries):
         """Return the columns (..., L) of x (..., M) that were appended last: those of the queries.
@@ -280,6 +285,7 @@ class State:
             token_M=selection.token_M,
             owner_M=selection.owner_M,
             mask_BM=selection.columns_of(self.mask_BM, axis=1),
+            n_padding=selection.numbers_of(self.n_padding),
             memory_bias_B11M=memory_bias_B11M,
             source_packing=NO_PACKING,
             n_sharing=1,
@@ -320,6 +326,15 @@ class Selection:
             serving = rows_that_serve(self.cpu_rows_R, n_served)
             self.serving[n_served] = to_device(serving, self.device)
         return x[self.serving[n_served]]
+
+    def numbers_of(self, numbers):
+        """Return the number of each of rows_R in a tuple of those of the caches, if there are any.
+
+        A step must not read them from a GPU, so they are no tensor.
+        """
+        if not numbers:
+            return ()
+        return tuple(numbers[row] for row in (self.cpu_rows_R // self.n_sharing).tolist())
 
     def columns_of(self, x, axis):
         """Return the rows rows_R of x, each with the columns that it sees. axis: of the columns."""

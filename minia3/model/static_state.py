@@ -124,6 +124,7 @@ class StaticState(State):
             "mask_BM": room.place("mask", is_real, n_columns, axis=1, empty=True),
             "adapter_B": room.place("adapter", state.adapter_B, len(state.adapter_B)),
             "memory_bias_B11M": memory_bias_B11M,
+            "n_padding": (),  # a step would be compiled again for other numbers
             "column_1": column_1,
             # `decode_compiled` checks them, because a step would be compiled again for others.
             "adapter_numbers": (),

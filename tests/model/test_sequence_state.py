@@ -916,5 +916,22 @@ def test_reading_or_writing_beyond_the_positions_of_a_model_is_a_warning_once(lo
     assert warned(model, tokens(2, 14), 1, length_mask(9, 5, 14)[:2]) == []
 
 
+def test_the_padding_of_a_prompt_that_has_left_is_no_reason_to_warn(loaded):
+    model = loaded("llama-gqa")
+    model.config = replace(model.config, max_length=10)
+    state = model.start(tokens(3, 9), length_mask(9, 2, 4))
+    short = state.repeat(2).select(torch.tensor([2, 5, 3]))  # of the prompts of 2, 4 and 2 tokens
+    long = state.select(torch.tensor([1, 0]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.step(tokens(3, 7), short)
+        model.step(tokens(2, 2), long)
+    with pytest.warns(UserWarning, match="a text of 11 tokens is beyond the 10 positions"):
+        model.step(tokens(3, 1), short)
+    model.has_warned = False
+    with pytest.warns(UserWarning, match="a text of 11 tokens is beyond the 10 positions"):
+        model.step(tokens(2, 1), long)
+
+
 def test_a_t5_has_no_last_position(models):
     assert warned(models["t5-v1.0"], tokens(1, 600), 1) == []
