@@ -272,10 +272,10 @@ class State:
                 kv = tuple(selection.columns_of(x, axis=2) for x in cache.kv)
             if cache.read_cross_kv() is not None:
                 padded = self.source_packing.padded_kv(cache.cross_kv)
-                cross_kv = tuple(selection.rows_of(x) for x in padded)
+                cross_kv = tuple(selection.shared_rows_of(x) for x in padded)
             caches.append(Cache(kv, cross_kv, self.length))
-        memory_bias_B11M = selection.rows_of(self.memory_bias_B11M)
-        if memory_bias_B11M is not None:
+        memory_bias_B11M = selection.shared_rows_of(self.memory_bias_B11M)
+        if memory_bias_B11M is not self.memory_bias_B11M:
             memory_bias_B11M = aligned(memory_bias_B11M)
         return replace(
             self,
@@ -308,7 +308,7 @@ class Selection:
         self.rows_R = to_device(self.cpu_rows_R, self.device)
         self.n_rows = len(state.start)
         self.n_sharing = state.n_sharing
-        self.serving = {}  # n_served -> `rows_that_serve`, on the device
+        self.serving = {}  # n_served -> what `serving_rows` has returned
         self.token_M = state.token_M
         self.owner_M = state.owner_M
         if self.n_sharing > 1:
@@ -317,15 +317,35 @@ class Selection:
             self.token_M = state.token_M[to_device(columns[0], self.device)]
             self.owner_M = state.owner_M[columns[0]]
 
-    def rows_of(self, x):
-        """Return the rows of `x` that serve rows_R. Each row of x serves n_rows / len(x) rows."""
-        if x is None:
-            return None
+    def serving_rows(self, x):
+        """Return the indices of the rows of `x` that serve rows_R, and whether they are all of x.
+
+        Each row of x serves n_rows / len(x) rows.
+        """
         n_served = self.n_rows // len(x)
         if n_served not in self.serving:
             serving = rows_that_serve(self.cpu_rows_R, n_served)
-            self.serving[n_served] = to_device(serving, self.device)
-        return x[self.serving[n_served]]
+            is_all = torch.equal(serving, torch.arange(len(x), device="cpu"))
+            self.serving[n_served] = to_device(serving, self.device), is_all
+        return self.serving[n_served]
+
+    def rows_of(self, x):
+        """Return a copy of the rows of `x` that serve rows_R."""
+        if x is None:
+            return None
+        serving, _ = self.serving_rows(x)
+        return x[serving]
+
+    def shared_rows_of(self, x):
+        """Return the rows of `x` that serve rows_R: x itself, if they are all its rows, in order.
+
+        x: a tensor into which no step writes. A beam search selects at each step, and usually its
+        beams change places, but its sources stay.
+        """
+        if x is None:
+            return None
+        serving, is_all = self.serving_rows(x)
+        return x if is_all else x[serving]
 
     def numbers_of(self, numbers):
         """Return the number of each of rows_R in a tuple of those of the caches, if there are any.

@@ -504,6 +504,41 @@ def test_a_column_is_seen_by_later_columns_of_its_row():
     ]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "masked"])
+def test_beams_that_change_places_share_the_keys_and_values_of_their_sources(models, mask):
+    """A beam search selects at each step. Only what the steps write into is copied."""
+    model = models["t5-v1.0"]
+    state = model.start(tokens(4, 4), mask).repeat(3)
+    model.step(state.start, state)
+    same_sources = state.select(torch.tensor([1, 0, 1, 5, 5, 5, 8, 6, 7, 9, 9, 10]))
+    fewer_sources = state.select(torch.tensor([1, 0, 1, 5, 5, 5, 8, 6, 7]))
+    other_order = state.select(torch.tensor([5, 5, 5, 1, 0, 1, 8, 6, 7, 9, 9, 10]))
+    for other, is_same in ((same_sources, True), (fewer_sources, False), (other_order, False)):
+        for cache, selected in zip(state.caches, other.caches, strict=True):
+            for x, y in zip(cache.cross_kv, selected.cross_kv, strict=True):
+                assert (x.data_ptr() == y.data_ptr()) == is_same
+            for x, y in zip(cache.kv, selected.kv, strict=True):
+                assert x.data_ptr() != y.data_ptr()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_with_the_same_rows_sees_no_later_tokens(models, name):
+    model = models[name]
+    target = tokens(4, 3, seed=1)
+    state = model.start(tokens(4, 4), MASK)
+    expected = model.step(torch.cat((state.start, target), dim=1), state)
+    state = model.start(tokens(4, 4), MASK)
+    for token in (state.start, target[:, :1]):  # then there is room for more
+        model.step(token, state)
+    same = state.select(torch.arange(4))
+    found = [model.step(target[:, 1:2], same)]
+    model.step(target[:, 1:2].flip(0), state)
+    found.append(model.step(target[:, 2:], same))
+    assert off(torch.cat(found, dim=1), expected[:, 2:]) < 1e-5
+
+
 # The cache
 
 
