@@ -62,11 +62,11 @@ def generate(  # noqa: PLR0913 (the contract)
 ):
     """Return `samples` texts for each of N prompts: all texts of the first prompt, then the second.
 
-    prompts: texts, or lists of ids. Instead of a list, it may be a tensor, an array of NumPy or a
-    column of pandas. adapter: None (row 0), an int, or (N,) long. A text ends before an end token
-    (see `end_ids_of`), before the first of the `stop` texts (one or several), or after
-    `max_new_tokens`. A stop text may be a special token, but not a special token together with
-    other text. See `decoder_after` for the space with which it may begin.
+    prompts: texts, or lists of ids. Instead of a list, it may be a tensor (without padding, because
+    all its ids are read), an array of NumPy or a column of pandas. adapter: None (row 0), an int,
+    or (N,) long. A text ends before an end token (see `end_ids_of`), before the first of the `stop`
+    texts (one or several), or after `max_new_tokens`. A stop text may be a special token, but not a
+    special token and other text. `decoder_after` says when a text may begin with a space.
 
     temperature 0 takes the likeliest token at each step. Above 0, tokens are drawn: see
     `draw_tokens` (sampling.py), also for top_k and top_p. What is drawn depends on `seed` (None: a

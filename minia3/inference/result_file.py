@@ -18,8 +18,8 @@ def write_results(path, lines, to_csv):
     as they are. They are not compared with the model or the rows: the caller must use the same.
 
     lines: a function from the number of a row to an iterator of the lines from this row on. With
-    to_csv, lines(0) begins with the header, which is written with the first row. Each row is on
-    disk before the next one is asked for.
+    to_csv, lines(0) begins with the header, which is written with the first row. Each row is
+    written before the next one is asked for.
 
     Return how many rows the file had already, and whether it has others now.
     Raise ValueError if another process is writing the file, or if it begins differently.

@@ -108,8 +108,8 @@ def choice_logprobs(model, batch, adapter=None):
     """Return (B, C, L): the log-probabilities of the tokens of every choice, 0 for padding.
 
     batch: a Batch (tasks/batches.py). Its sources are read once, and the choices continue them. If
-    the choices are scored in chunks, the backward pass keeps only the sources' keys and values, and
-    scores each chunk again. adapter: None (row 0), an int, or (B,) long.
+    the choices are scored in chunks, only the sources' keys and values are kept for the backward
+    pass, which scores each chunk again. adapter: None (row 0), an int, or (B,) long.
 
     Raise ValueError if an adapter does not exist, if a source is empty, or if a text is too long.
     """

@@ -64,6 +64,8 @@ def adapter_numbers(adapter, n_examples):
     if type(adapter) is int:
         return [adapter]  # without a tensor, which would take most of the time of `check_start`
     numbers = as_numbers(adapter)
+    if numbers.shape == (0,):
+        numbers = numbers.long()  # because torch makes floats of an empty list
     if numbers.dtype not in INTEGERS or numbers.shape not in ((), (n_examples,)):
         expected = f"adapter must be None, an int or {(n_examples,)} long"
         raise ValueError(f"{expected}, found {adapter!r}")

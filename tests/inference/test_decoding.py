@@ -739,6 +739,9 @@ def test_generating_leaves_no_graph_and_the_gradient_mode_as_it_was(both):
 
 def test_no_prompts_give_no_texts(both):
     assert generate(both.model, both.tokenizer, []) == []
+    assert generate(both.model, both.tokenizer, [], adapter=[]) == []
+    with pytest.raises(ValueError, match=r"adapter must be .*\(1,\) long, found \[\]"):
+        generate(both.model, both.tokenizer, ["w4"], adapter=[])
 
 
 OF_BOTH = [
