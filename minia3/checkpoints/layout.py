@@ -42,8 +42,9 @@ TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", VOCABULA
 # The texts of the special tokens, as transformers 4 writes them.
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 
-# Settings of the tokenizer. All of these files are read, and if two disagree, the later file wins.
-SETTINGS_FILES = ("generation_config.json", SPECIAL_TOKENS_FILE, "tokenizer_config.json")
+# Settings of the tokenizer. If two files disagree, the later one wins. The last file is not always
+# read (see `read_settings` in tokenizer_files.py).
+SETTINGS_FILES = ("generation_config.json", "tokenizer_config.json", SPECIAL_TOKENS_FILE)
 
 # Chat templates in files of their own, as transformers 5 stores them: the default, and those with
 # another name.

@@ -22,7 +22,12 @@ from minia3.checkpoints.added_tokens import (
 )
 from minia3.checkpoints.byte_tokenizers import BYT5_CLASS, byt5_backend, byte_bpe_backend
 from minia3.checkpoints.chat import read_template_files
-from minia3.checkpoints.layout import SETTINGS_FILES, TOKENIZER_FILES, VOCABULARY_FILE
+from minia3.checkpoints.layout import (
+    SETTINGS_FILES,
+    SPECIAL_TOKENS_FILE,
+    TOKENIZER_FILES,
+    VOCABULARY_FILE,
+)
 from minia3.checkpoints.sentencepiece import read_sentencepiece
 from minia3.files.read import read_json
 
@@ -46,22 +51,34 @@ def tokenizer_file(folder):
 def read_settings(folder):
     """Return the content of the JSON files beside a tokenizer. The last file with a key wins.
 
+    As in transformers, special_tokens_map.json wins over tokenizer_config.json, unless the latter
+    has added_tokens_decoder: then a newer program wrote it, and nobody reads the former.
+
     A null counts as no key, except for bos_token: Qwen's says that there is no bos, although
-    config.json has an id. Such a null wins over the files before it. Chat templates in files of
-    their own win over those in the JSON files.
+    config.json has an id. Such a null wins over the files before it. An empty special token counts
+    as a null (the first LLaMAs on the hub name such tokens). Chat templates in files of their own
+    win over those in the JSON files.
     """
     settings = {}
     for name in ("config.json", *SETTINGS_FILES):
+        if name == SPECIAL_TOKENS_FILE and "added_tokens_decoder" in settings:
+            continue
         if (folder / name).is_file():
             content = read_json(folder / name)
-            if content.get("bos_token", "") is None:
+            if "bos_token" in content and is_absent("bos_token", content["bos_token"]):
                 settings.pop("bos_token_id", None)
                 settings.pop("bos_token", None)
-            settings |= {key: value for key, value in content.items() if value is not None}
+            settings |= {key: value for key, value in content.items() if not is_absent(key, value)}
     templates = read_template_files(folder)
     if templates is not None:
         settings["chat_template"] = templates
     return settings
+
+
+def is_absent(key, value):
+    """Return whether a value of the settings is as good as none: a null, or an empty token."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return value is None or (key.endswith("_token") and text == "")
 
 
 def read_backend(file, settings):

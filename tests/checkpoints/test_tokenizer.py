@@ -88,14 +88,14 @@ LLAMA_IDS = (1, 2, 2)
             {"special_tokens_map": {"pad_token": {"content": "<unk>", "lstrip": False}}},
             (1, 2, 0),
         ),
-        # tokenizer_config.json wins over special_tokens_map.json, unless it says null
+        # An empty text is like a null: it wins over an id for bos, and names nothing for eos
         (
             "llama",
             {
-                "special_tokens_map": {"eos_token": "<s>"},
-                "tokenizer_config": {"eos_token": "</s>"},
+                "config": {"bos_token_id": 0, "eos_token_id": 5},
+                "tokenizer_config": {"bos_token": "", "eos_token": {"content": ""}},
             },
-            LLAMA_IDS,
+            (1, 5, 5),
         ),
         (
             "llama",
@@ -112,6 +112,34 @@ LLAMA_IDS = (1, 2, 2)
 def test_the_ids_of_special_tokens_come_from_the_files(tmp_path, name, beside, expected):
     tokenizer = Tokenizer.from_folder(write(tmp_path, name, **beside))
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == expected
+
+
+FIRST_LLAMAS = {"bos_token": "", "eos_token": ""}  # the settings of the first ones on the hub
+USUAL = {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+@pytest.mark.parametrize("added", [{}, {"added_tokens_decoder": {}}])
+@pytest.mark.parametrize("config", [FIRST_LLAMAS, USUAL])
+@pytest.mark.parametrize(
+    "named", [{"bos_token": "</s>", "eos_token": "</s>", "pad_token": "<unk>"}, {"eos_token": "a"}]
+)
+def test_two_files_of_special_tokens_are_read_in_the_order_of_transformers(
+    tmp_path, named, config, added
+):
+    transformers = pytest.importorskip(
+        "transformers", reason="needs the extra: pip install 'minia3[test]'"
+    )
+    config = config | added | {"tokenizer_class": "LlamaTokenizer"}
+    ids = {"bos_token_id": 0, "eos_token_id": 1}
+    beside = {"config": {"model_type": "llama"} | ids, "tokenizer_config": config}
+    write(tmp_path, "llama", special_tokens_map=named, **beside)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    ours = tokenizer.special_tokens
+    for kind in ("bos_token", "eos_token"):
+        if getattr(theirs, kind):  # otherwise it is the empty text, and ours is from config.json
+            assert ours[kind] == getattr(theirs, kind)
+    assert (theirs.pad_token is None) == (tokenizer.pad_id == tokenizer.eos_id)
 
 
 def test_the_sentinels_of_t5_follow_the_pieces_in_reverse_order(tmp_path):
