@@ -39,7 +39,7 @@ UNKNOWN_CHARACTER = "\U0010fffd"  # a character for private use, which no vocabu
 KEPT = ("model_max_length", "padding_side", "truncation_side")
 # Classes of transformers that pad on the left if no setting says where. PreTrainedTokenizerFast,
 # which `save` names in their place, pads on the right, and then a LLaMA continues the padding.
-LEFT_PADDED = ("LlamaTokenizer", "CodeLlamaTokenizer")
+CLASSES_OF_LLAMA = ("LlamaTokenizer", "CodeLlamaTokenizer")
 
 
 class Tokenizer:
@@ -71,8 +71,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._find_special_tokens(settings)
-        if backend.post_processor is None:
-            backend.post_processor = self._frame(settings)
+        self._add_frame(settings)
         # If the backend cannot encode an unknown character, fail now, not at the first such text.
         self.has_separate_targets = has_encoder(settings, self._adds_eos_alone())
 
@@ -95,6 +94,21 @@ class Tokenizer:
             name: self.backend.id_to_token(i) for name, i in ids.items() if i is not None
         }
         mark_special(self.backend, self.special_tokens.values())
+
+    def _add_frame(self, settings):
+        """Let the backend put bos and eos around a text, if the settings say so and it does not.
+
+        A post-processor of the backend counts more than the settings. But that of DeepSeek's
+        R1-Distill adds nothing, and bos came from LlamaTokenizerFast of transformers 4, which
+        follows the settings. transformers 5 has lost this bos.
+        """
+        backend = self.backend
+        is_asked = settings.get("add_bos_token") is True and is_of_llama(settings)
+        if backend.post_processor is None:
+            backend.post_processor = self._frame(settings)
+        elif is_asked and backend.encode("").ids == []:
+            both = [backend.post_processor, self._frame(settings)]
+            backend.post_processor = processors.Sequence(both)
 
     def _frame(self, settings):
         """Return a post-processor that puts bos and eos around a text if the settings say so.
@@ -329,9 +343,14 @@ class Tokenizer:
 def kept_settings(settings):
     """Return the settings that `save` hands on, with what the class of the tokenizer stands for."""
     kept = {key: settings[key] for key in KEPT if key in settings}
-    if settings.get("tokenizer_class", "").removesuffix("Fast") in LEFT_PADDED:
+    if is_of_llama(settings):
         kept.setdefault("padding_side", "left")
     return kept
+
+
+def is_of_llama(settings):
+    """Return whether the settings name a class that transformers has for a LLaMA's tokenizer."""
+    return settings.get("tokenizer_class", "").removesuffix("Fast") in CLASSES_OF_LLAMA
 
 
 def expect_text(text):

@@ -230,6 +230,37 @@ def test_a_tokenizer_json_without_special_tokens_gets_the_tokens_of_the_settings
     assert Tokenizer.from_folder(folder).encode("a b") == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("tokenizer_class", "adds_bos", "content", "before"),
+    [
+        # DeepSeek's R1-Distill
+        ("LlamaTokenizerFast", True, "$A", [1]),
+        ("LlamaTokenizer", True, "$A", [1]),
+        # No setting asks for bos, or not for a class that follows it, or the file adds it already
+        ("LlamaTokenizerFast", False, "$A", []),
+        ("PreTrainedTokenizerFast", True, "$A", []),
+        ("LlamaTokenizerFast", True, "<|pad|> $A", [1]),
+    ],
+)
+def test_bos_is_added_for_a_class_of_llama_also_if_a_post_processor_adds_nothing(
+    tmp_path, tokenizer_class, adds_bos, content, before
+):
+    """transformers 4 does so for the first two. transformers 5 adds none (design.md says it)."""
+    backend = byte_level()[0]
+    plain = backend.encode("the red hats").ids
+    target = backend.encode(" hall").ids
+    template = processors.TemplateProcessing(content, None, [("<|pad|>", 1)])
+    backend.post_processor = processors.Sequence([processors.ByteLevel(), template])
+    config = {"tokenizer_class": tokenizer_class, "add_bos_token": adds_bos}
+    config |= {"bos_token": "<|pad|>", "eos_token": "<|end|>"}
+    tokenizer = Tokenizer.from_folder(save_json(backend, tmp_path, tokenizer_config=config))
+    assert tokenizer.encode("the red hats") == before + plain
+    assert tokenizer.encode("the red hats", special=False) == plain
+    assert tokenizer.encode_target("hall", end=False) == target
+    tokenizer.save(tmp_path / "saved")
+    check_saved(tokenizer, tmp_path / "saved", ["the red hats", ""])
+
+
 def test_saved_truncation_and_padding_are_ignored(tmp_path):
     backend = word_level()
     backend.enable_truncation(2)
