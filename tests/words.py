@@ -14,14 +14,18 @@ PAD = 0
 END = 1
 
 
-def word_tokenizer(ends):
-    """Return the tokenizer. If `ends`, it ends every text with </s> (T5), else it adds nothing."""
+def word_tokenizer(ends, **settings):
+    """Return the tokenizer. If `ends`, it ends every text with </s> (T5), else it adds nothing.
+
+    settings: more of them, as model_type="llama".
+    """
     vocabulary = {"<pad>": PAD, "</s>": END, "a": 2}
     for i in range(3, N_IDS):
         vocabulary[f"w{i}"] = i
     backend = Backend(models.WordLevel(vocabulary, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return Tokenizer(backend, {"pad_token": "<pad>", "eos_token": "</s>", "add_eos_token": ends})
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "add_eos_token": ends}
+    return Tokenizer(backend, special | settings)
 
 
 def texts(n, seed=0, longest=9):

@@ -74,6 +74,7 @@ class Tokenizer:
         self._add_frame(settings)
         # If the backend cannot encode an unknown character, fail now, not at the first such text.
         self.has_separate_targets = has_encoder(settings, self._adds_eos_alone())
+        self._ends_prompts = self._adds_eos() and not self.has_separate_targets
 
     def _find_special_tokens(self, settings):
         """Set the ids and the texts of the special tokens, and tell the backend about them."""
@@ -129,6 +130,13 @@ class Tokenizer:
         ids = self.encode(UNKNOWN_CHARACTER)
         return ids[-1:] == [self.eos_id] and ids[:1] != [self.bos_id]
 
+    def _adds_eos(self):
+        """Return whether `encode` ends a text with eos."""
+        plain = self.encode(UNKNOWN_CHARACTER, special=False)
+        if plain[-1:] in ([], [self.eos_id]):
+            return False  # nobody can see which eos was added: it may even be the bos
+        return self.encode(UNKNOWN_CHARACTER)[-1:] == [self.eos_id]
+
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Return the ids of `text`, with the special tokens that the files ask for.
 
@@ -143,6 +151,16 @@ class Tokenizer:
         with reading(f"text {text[:40]!r}", damage):
             return self.backend.encode(text, add_special_tokens=special).ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of a text that the model is to continue, or that T5's encoder reads.
+
+        They are encode(text), but without the eos at the end if a LLaMA's tokenizer adds one (it
+        was saved with add_eos_token=True): nothing follows after the end of a text. Raise
+        ValueError as `encode` does.
+        """
+        ids = self.encode(text)
+        return ids[:-1] if self._ends_prompts else ids
+
     def encode_target(self, text: str, end: bool) -> list[int]:
         """Return the ids of `text` as a target. ("True" and " True" are the same target.)
 
@@ -150,11 +168,12 @@ class Tokenizer:
         does not end in eos, as with a tokenizer.json that adds no special tokens, eos is added.
         LLaMA: the ids of the text after one space, so that
 
-            encode(prompt) + encode_target(text, end=False) == encode(prompt + " " + text)
+            encode_prompt(prompt) + encode_target(text, end=False)
+                == encode_prompt(prompt + " " + text)
 
-        for a prompt that is not empty and does not end in white space (if encode adds no eos). A
-        prompt that ends in a special token is an exception with tokenizers that put a space of
-        their own before the text after it (older files of LLaMA-2): the target lacks this space.
+        for a prompt that is not empty and does not end in white space. A prompt that ends in a
+        special token is an exception with tokenizers that put a space of their own before the text
+        after it (older files of LLaMA-2): the target lacks this space.
         end: True adds eos, for LLaMA only; a T5's targets always end in it. Raise ValueError if
         there is no eos to add.
         """

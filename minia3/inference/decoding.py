@@ -203,7 +203,9 @@ def encode_prompts(prompts, tokenizer, n_ids, first_prompt=0):
     wrong = []
     for i, prompt in enumerate(prompts):
         if isinstance(prompt, str):
-            ids = tokenizer.encode(prompt)
+            # A tokenizer of another package has only `encode`.
+            encode = getattr(tokenizer, "encode_prompt", tokenizer.encode)
+            ids = encode(prompt)
         else:
             ids = as_ids(prompt, first_prompt + i)
         if not ids or min(ids) < 0 or max(ids) >= n_ids:

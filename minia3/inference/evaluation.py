@@ -302,7 +302,7 @@ def most_shots(row, prompts, tokenizer, max_length):
     """
 
     def is_too_long(n):
-        return len(tokenizer.encode(render(prompts[n], row).input)) > max_length
+        return len(tokenizer.encode_prompt(render(prompts[n], row).input)) > max_length
 
     return count_fitting(len(prompts) - 1, is_too_long)
 

@@ -33,7 +33,7 @@ def encode_example(
     source: the ids of the input, if they are already known.
     """
     if source is None:
-        source = tokenizer.encode(rendered.input)
+        source = tokenizer.encode_prompt(rendered.input)
     targets = [tokenizer.encode_target(choice, end=end) for choice in rendered.choices]
     return Example(source, targets, rendered.label)
 
@@ -53,7 +53,7 @@ def encode_rows(
         if "messages" in row:
             rendered, example, was_cut = encode_chat(row, tokenizer, max_length)
         else:
-            rendered, source, was_cut = fit(prompt, row, tokenizer.encode, max_length)
+            rendered, source, was_cut = fit(prompt, row, tokenizer.encode_prompt, max_length)
             example = encode_example(rendered, tokenizer, end, source)
         rendered_rows.append(rendered)
         examples.append(example)

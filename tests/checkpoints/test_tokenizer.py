@@ -386,6 +386,32 @@ def test_the_target_of_a_llama_that_ends_its_texts_still_follows_a_prompt(tmp_pa
     assert 1 not in ended.encode_target("red hats", True)
 
 
+def test_a_prompt_has_no_end_if_a_text_follows_it(tmp_path):
+    """The model would continue a text that has ended."""
+    folder = write(tmp_path, "llama", tokenizer_config={"add_eos_token": True})
+    ended = Tokenizer.from_folder(folder)
+    for text in ("the red hats", "", "the </s>", "</s>"):
+        assert ended.encode_prompt(text) == small("llama").encode(text)
+        assert small("llama").encode_prompt(text) == small("llama").encode(text)
+        assert small("t5").encode_prompt(text) == small("t5").encode(text)
+    prompt = ended.encode_prompt("the red")
+    assert prompt + ended.encode_target("hats", end=True) == ended.encode("the red hats")
+
+
+@pytest.mark.parametrize("content", ["<s> $A", "<s> $A <s>", "$A <s>", "$A"])
+def test_a_prompt_keeps_a_bos_that_is_the_eos(tmp_path, content):
+    backend = byte_level()[0]
+    backend.add_special_tokens(["<s>"])
+    plain = backend.encode("<s>").ids
+    backend.post_processor = processors.TemplateProcessing(content, None, [("<s>", plain[0])])
+    beside = {"config": {"model_type": "llama"}, "tokenizer_config": {"bos_token": "<s>"}}
+    beside["tokenizer_config"]["eos_token"] = "<s>"
+    tokenizer = Tokenizer.from_folder(save_json(backend, tmp_path, **beside))
+    n_before = content.startswith("<s>")
+    assert tokenizer.encode_prompt("") == plain * n_before
+    assert tokenizer.encode_prompt("<s>") == plain * (n_before + 1)
+
+
 PROMPTS = st.text(min_size=1).filter(lambda text: text.strip() and text[-1] == text.rstrip()[-1])
 ANSWERS = ["True", " True", "  two", "", "12", "not entailment", "'s", "\nx"]
 

@@ -94,6 +94,14 @@ def test_a_batch_of_several_adapters_writes_what_each_row_writes_alone(both):
     assert not any(changed[i] for i in range(len(PROMPTS)) if ADAPTERS[i] == 0)
 
 
+def test_a_llama_whose_tokenizer_ends_texts_continues_the_prompt_itself(peer, loaded):
+    """Tokenizers are saved so after a training with add_eos_token=True."""
+    both = word_model("llama-gqa", peer, loaded)
+    ended = word_tokenizer(True, model_type="llama")
+    expected = minia3.generate(both.model, both.tokenizer, PROMPTS, max_new_tokens=8)
+    assert minia3.generate(both.model, ended, PROMPTS, max_new_tokens=8) == expected
+
+
 def test_the_longest_prompts_are_read_first_and_a_batch_stops_when_all_its_rows_have_ended(
     both, monkeypatch
 ):

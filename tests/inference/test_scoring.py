@@ -154,6 +154,15 @@ def test_scores_of_a_list_for_each_prompt_do_not_depend_on_the_batch_and_gaps_ar
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
+def test_a_llama_whose_tokenizer_ends_texts_reads_no_end_before_a_choice(peer, loaded):
+    """Tokenizers are saved so after a training with add_eos_token=True."""
+    both = word_model("llama-gqa", peer, loaded)
+    ended = word_tokenizer(True, model_type="llama")
+    assert ended.encode("w3") == [*both.tokenizer.encode("w3"), ended.eos_id]
+    expected = minia3.rank(both.model, both.tokenizer, PROMPTS, LISTS)
+    assert torch.equal(minia3.rank(both.model, ended, PROMPTS, LISTS), expected)
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
 def test_a_batch_of_several_adapters_has_the_scores_of_each_row_alone(both, batch_size):
     mixed = minia3.rank(

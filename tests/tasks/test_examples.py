@@ -14,7 +14,7 @@ class Letters:
     def __init__(self):
         self.n_encoded = 0
 
-    def encode(self, text):
+    def encode_prompt(self, text):
         self.n_encoded += 1
         return [ord(letter) for letter in text]
 

@@ -217,7 +217,7 @@ def test_a_token_before_which_nothing_comes_is_not_predicted():
 
 def test_rows_of_messages_and_rows_of_text_are_encoded_by_their_kind():
     class Both(Letters):
-        def encode(self, text):
+        def encode_prompt(self, text):
             return list(map(ord, text))
 
         def encode_target(self, text, end):
