@@ -109,7 +109,7 @@ def read_sentencepiece(data, is_prefix_for_all=True, has_prefix=True):
     if TIKTOKEN_LINE.match(data):
         raise ValueError(
             "this is Llama 3's tiktoken format, which is not supported: "
-            "use the model's tokenizer.json"
+            "put the model's tokenizer.json into this folder: it is read first"
         )
     fields = list(read_fields(data))
     pieces = [read_piece(value) for number, value in fields if number == PIECES]

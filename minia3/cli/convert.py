@@ -106,12 +106,13 @@ def convert_model(args):
     from minia3.model.quantized import quantized_linears
     from minia3.tasks.task_file import copy_task_file
 
+    path = find(args.model, weights=False)
+    # None if there is none. It comes before the weights, because it may be refused, which is quick.
+    tokenizer = find_tokenizer(path)
     model = load_model(args)
     if quantized_linears(model):
         remedy = "`minia3 merge --dequantize` writes such weights, with an adapter folded in"
         raise ValueError(f"{args.model} is stored in nf4, and has no plain weights: {remedy}")
-    path = find(args.model, weights=False)
-    tokenizer = find_tokenizer(path)  # None if there is none
     with showing("writing"), writing_new_folder(args.out) as folder:
         save_model(model, folder, tokenizer)
         if path.is_dir():  # what lies beside a .gguf file is not of the model

@@ -67,10 +67,11 @@ def merge_lora(args, folder, change):
 
     if args.dequantize:
         raise ValueError(f"merge --dequantize: {args.adapter} is a LoRA, expected (IA)^3")
+    # The tokenizer may be refused, and that is quick.
+    tokenizer = find_tokenizer(find(args.model, weights=False))
     model = load_model(args.model, dtype=read_dtype(args))
     load_lora(model, args.adapter)
     merged = merge(model)
-    tokenizer = find_tokenizer(find(args.model))
     change(merged, tokenizer)
     save_model(merged, folder, tokenizer)
 

@@ -98,6 +98,29 @@ def test_a_merged_model_remembers_the_model_that_it_was_made_of(adapters):
         assert config["_name_or_path"] == "tiny-t5"
 
 
+@pytest.mark.parametrize("command", ["merge", "convert"])
+def test_a_tokenizer_that_is_refused_is_found_before_weights_are_read(
+    tmp_path, capsys, monkeypatch, command
+):
+    def load_model(*args, **options):
+        raise AssertionError("the weights are read first")
+
+    minia3.save_model(minia3.load_model("tiny-t5"), tmp_path / "base")
+    model = minia3.load_model("tiny-t5")
+    add_lora(model)
+    save_lora(model, tmp_path / "lora")
+    (tmp_path / "base" / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\nIw== 2\n")
+    monkeypatch.setattr("minia3.checkpoints.load.load_model", load_model)
+    words = [tmp_path / "base", tmp_path / "out"]
+    if command == "merge":
+        words.insert(1, tmp_path / "lora")
+    error = failure(capsys, command, *words)
+    assert "tiktoken format, which is not supported: put the model's tokenizer.json into" in error
+    (tmp_path / "base" / "tokenizer.model").unlink()
+    with pytest.raises(AssertionError, match="read first"):
+        main([command, *map(str, words)])
+
+
 # convert
 
 
