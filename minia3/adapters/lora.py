@@ -167,21 +167,37 @@ def load_lora(model, name_or_path):
     rank, alpha = check_lora_config(path, config)
     entries = read_tensors(adapter_file(path))
     with reading(path):
-        # A model without storage shows which names and shapes the tensors must have. A and B have
-        # none either, because `r` may be anything until it is compared with the file.
-        with torch.device("meta"), WithoutInitialization():
-            plain = build_model(model.config)
-            kinds = linears_with_lora(plain, entries)
-            expected = add_lora(plain, rank, alpha, kinds)
-        check_tensors(entries, expected)
-        check_targets(config, entries)
         doubt = doubt_base(model, named_base(config), name_or_path)
+    try:
+        with reading(path):
+            kinds = fitting_linears(model, entries, rank, alpha)
+    except ValueError as error:
+        if doubt is None:
+            raise
+        raise ValueError(f"{error}: {doubt}") from None  # this is probably why it does not fit
+    with reading(path):
+        check_targets(config, entries)
     if config.get("use_rslora"):
         alpha *= rank**0.5
     for name, parameter in add_lora(model, rank, alpha, kinds).items():
         parameter.data.copy_(entries[name].read())
     if doubt is not None:
         warnings.warn(doubt, stacklevel=2)
+
+
+def fitting_linears(model, entries, rank, alpha):
+    """Return our names of the linears that the LoRA of a file is on.
+
+    Raise ValueError if its tensors do not fit the model.
+    """
+    # A model without storage shows which names and shapes the tensors must have. A and B have
+    # none either, because `rank` may be anything until it is compared with the file.
+    with torch.device("meta"), WithoutInitialization():
+        plain = build_model(model.config)
+        kinds = linears_with_lora(plain, entries)
+        expected = add_lora(plain, rank, alpha, kinds)
+    check_tensors(entries, expected)
+    return kinds
 
 
 def linears_with_lora(model, entries):
@@ -219,7 +235,8 @@ def check_tensors(entries, parameters):
         unknown = sorted(found - expected)[:1]
         reason = ""
         if missing and missing[0][0] not in entries:
-            reason = ": a LoRA must be on the same linears in all layers"
-        elif not missing:  # as a file with the embedding, to which tokens were added
+            reason = ": a LoRA must be on the same linears in all layers of this model"
+        elif not missing and not unknown[0][0].endswith((".lora_A.weight", ".lora_B.weight")):
+            # as a file with the embedding, to which tokens were added
             reason = ": a plain LoRA has A and B alone"
         raise ValueError(f"expected finite {missing} ..., found {unknown} ...{reason}")

@@ -564,6 +564,29 @@ def test_a_lora_of_some_layers_is_refused_with_the_reason(loaded, peft_folder):
     refused(loaded("llama-gqa"), folder, message)
 
 
+@pytest.mark.parametrize(
+    ("difference", "expected"),
+    [
+        ({"num_hidden_layers": 1}, "in all layers of this model"),  # fewer layers than the model's
+        ({"num_hidden_layers": 3}, r"found \[.*layers\.2\..*\] \.\.\."),
+        ({"hidden_size": 48}, r"found \[.*\] \.\.\."),
+    ],
+)
+def test_a_lora_of_another_base_is_refused_with_its_name(loaded, tmp_path, difference, expected):
+    import peft
+
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=QV["llama-gqa"], r=3)
+    other = peft.get_peft_model(make("llama-gqa", **difference), config)
+    other.create_or_update_model_card = write_no_card
+    other.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    changes = {"base_model_name_or_path": "llama-2-7b"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    model = loaded("llama-gqa")
+    doubt = f"{tmp_path} was trained on llama-2-7b, and this model is {model.name_or_path}"
+    refused(model, tmp_path, f"{expected}: {re.escape(doubt)}$")
+
+
 def test_a_lora_that_names_another_base_is_a_warning(loaded, peft_folder, recwarn):
     _, folder = peft_folder("llama-gqa")
     path = folder / "adapter_config.json"
