@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from minia3.checkpoints.chat import ChatText, render_chat
 
-OR_BLOCKS = "or a template with {% generation %} blocks (--chat-template FILE)"
+BLOCKS = "a template with {% generation %} blocks (--chat-template FILE)"
 
 # Two texts that replace a message's content. Their first characters differ, and so do their last
 # ones, so any content differs from at least one of them at each end.
@@ -92,7 +92,7 @@ def render_conversation(template, messages, special_tokens, tools=None):
         if i == 0:
             raise ValueError(
                 "the conversation begins with the assistant: expected a message of the user or "
-                f"the system first, {OR_BLOCKS}"
+                f"the system first, or {BLOCKS}"
             )
         spans.append(find_turn(conversation, i, whole.text))
     return ChatText(whole.text, spans)
@@ -150,7 +150,12 @@ def find_turn(conversation, i, whole):
         return (len(before), len(before) + len(turn))
     span = probe_turn(conversation, i)
     if span is None:
-        raise ValueError(describe_change(before, after, whole, i))
+        change = describe_change(before, after, whole)
+        advice = how_to_train(before, after, conversation.messages)
+        raise ValueError(
+            f"message {i}, or the text before it, changes when the conversation goes on "
+            f"({change}), so it cannot be trained on: {advice}"
+        )
     return span
 
 
@@ -185,19 +190,28 @@ def probe_turn(conversation, i):
     return (first, answer.end + len(turn_end))
 
 
-def describe_change(before, after, whole, i):
-    """Return what changes in the text of a conversation when it goes on after message i."""
+def describe_change(before, after, whole):
+    """Return what changes in the text of a conversation when it goes on."""
     text = before
     longer = after
     if after.startswith(before):
         text = after
         longer = whole
     n_same = count_same(text, longer)
-    return (
-        f"message {i}, or the text before it, changes when the conversation goes on "
-        f"({text[n_same:][:20]!r} becomes {longer[n_same:][:20]!r}), so it cannot be "
-        f"trained on: give conversations with one answer at their end, {OR_BLOCKS}"
-    )
+    return f"{text[n_same:][:20]!r} becomes {longer[n_same:][:20]!r}"
+
+
+def how_to_train(before, after, messages):
+    """Return what to do about a template that changes what it has written."""
+    if after.startswith(before):  # the last answer of a conversation follows its prompt
+        return f"give conversations with one answer at their end, or {BLOCKS}"
+    for message in messages:
+        content = message.get("content")
+        if message["role"] == "system" and isinstance(content, str):
+            text = content.strip()
+            if before.count(text) > after.count(text):  # the template has moved or dropped it
+                return f"put the system message into the question, or give {BLOCKS}"
+    return f"give a template whose prompt the conversation repeats, or {BLOCKS}"
 
 
 def count_same(text, other):

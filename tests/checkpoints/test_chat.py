@@ -700,21 +700,27 @@ def test_qwen3_is_trained_on_one_answer_with_its_thinking():
     assert text == "<think>\nhm\n</think>\n\na<|im_end|>"
 
 
+OTHER_PLACE = "put the system message into the question, or give a template with"
+
+
 @pytest.mark.parametrize(
-    ("template", "messages", "was", "becomes"),
+    ("template", "messages", "was", "becomes", "advice"),
     [
-        (MISTRAL_V3, chat("q", "a", "r", "b", system="S"), "'S", "'q[/INST]"),
-        (FORGETFUL, chat("q", "a", "r", "b"), "'q", "'r"),
+        (MISTRAL_V3, chat("q", "a", "r", "b", system="S"), "'S", "'q[/INST]", OTHER_PLACE),
+        # There is one answer, at the end, already.
+        (MISTRAL_V3, chat("q", "a", system="S"), "'S", "'q[/INST]", OTHER_PLACE),
+        (FORGETFUL, chat("q", "a", "r", "b"), "'q", "'r", "give conversations with one answer at"),
     ],
 )
 def test_a_template_that_moves_or_drops_what_was_said_before_is_refused(
-    template, messages, was, becomes
+    template, messages, was, becomes, advice
 ):
     """Mistral's moves the system message to the last question, if that ends the conversation."""
     message = cannot_train(template, messages)
     assert "changes when the conversation goes on" in message
     assert f"{was}" in message.split("becomes")[0]
     assert becomes in message.split("becomes")[1]
+    assert f"trained on: {advice}" in message
     assert "{% generation %} blocks (--chat-template FILE)" in message
 
 
@@ -722,7 +728,13 @@ def test_a_prompt_that_the_conversation_does_not_repeat_is_refused():
     template = TEMPLATES["chatml"].replace(
         "assistant\n' }}{% endif", "assistant\n<think>' }}{% endif"
     )
-    assert "('<think>' becomes 'a<|im_end|" in cannot_train(template, chat("q", "a"))
+    for system in (None, "S"):
+        message = cannot_train(template, chat("q", "a", system=system))
+        assert "('<think>' becomes 'a<|im_end|" in message
+        assert (
+            "trained on: give a template whose prompt the conversation repeats, or a template"
+            in message
+        )
 
 
 def test_a_conversation_that_begins_with_the_assistant_needs_blocks(tmp_path):
