@@ -324,6 +324,8 @@ class Tokenizer:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         # Without this, transformers 4 returns token_type_ids too, which generate() refuses.
         config["model_input_names"] = ["input_ids", "attention_mask"]
+        # Without this, transformers 4 takes spaces out of texts: "do n't ." becomes "don't."
+        config["clean_up_tokenization_spaces"] = False
         with reading("the tokenizer"):
             content = self.backend.to_str(pretty=True)
         with writing_folder(expand_home(folder), replaces=STALE_TOKENIZER_FILES) as hidden:

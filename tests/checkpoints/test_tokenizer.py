@@ -562,6 +562,8 @@ def test_transformers_has_the_same_ids_with_a_saved_tokenizer(tmp_path, name, mo
     # Without this, transformers 4 returns token_type_ids too, and its generate() refuses them.
     config = json.loads((folder / "tokenizer_config.json").read_text())
     assert config["model_input_names"] == ["input_ids", "attention_mask"]
+    # Without this, its texts lose spaces before punctuation, which `decode` keeps.
+    assert config["clean_up_tokenization_spaces"] is False
 
 
 @pytest.mark.parametrize("name", ["t5", "llama"])
