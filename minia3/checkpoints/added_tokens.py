@@ -10,6 +10,9 @@ from minia3.checkpoints.layout import ADDED_TOKENS_FILE
 from minia3.files.read import read_json
 
 MAX_SENTINELS = 1000
+# The special tokens that transformers adds before the listed ones, in its order
+ENDS = ("bos_token", "eos_token")
+NAMED = (*ENDS, "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 def added_token(token):
@@ -78,9 +81,10 @@ def add_missing_tokens(backend, added):
 def add_listed_tokens(backend, settings):
     """Add the special tokens that the settings list without an id, as transformers does.
 
-    They get the next ids, in the order of the list, if the vocabulary lacks them. transformers 4
-    lists them under the second name, and may leave the first one empty. Raise ValueError if they
-    are not in a list.
+    They get the next ids, in the order of the list, if the vocabulary lacks them. If there are any,
+    the missing ones of NAMED come first. (Otherwise, nothing is added for these, because any id can
+    pad.) transformers 4 lists them under the second name, and may leave the first one empty. Raise
+    ValueError if they are not in a list.
     """
     listed = settings.get("extra_special_tokens") or settings.get("additional_special_tokens", [])
     if isinstance(listed, dict):  # from what a token is for to the token
@@ -89,7 +93,19 @@ def add_listed_tokens(backend, settings):
         raise ValueError(f"expected a list of special tokens, found {listed!r:.60}")
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     new = [added_token(token) for token in listed if text_of(token) not in known]
+    if lacking(backend, new):
+        named = {key: added_token(settings[key]) for key in NAMED if key in settings}
+        new_texts = {token.content for token in new}
+        for key in ENDS:  # one that is not even listed is refused later
+            if key in named and named[key].content not in new_texts:
+                del named[key]
+        backend.add_tokens(lacking(backend, named.values()))
     backend.add_tokens(new)
+
+
+def lacking(backend, tokens):
+    """Return those tokens that the vocabulary lacks."""
+    return [token for token in tokens if backend.token_to_id(token.content) is None]
 
 
 def mark_special(backend, texts):

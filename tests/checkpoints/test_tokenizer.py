@@ -336,6 +336,24 @@ def test_special_tokens_that_are_only_listed_are_added(tmp_path, config):
     assert Tokenizer.from_folder(tmp_path / "saved").decode(ids) == tokenizer.decode(ids)
 
 
+def test_special_tokens_with_a_name_come_before_those_that_are_only_listed(tmp_path):
+    config = {"mask_token": "<m>", "pad_token": {"content": "[PAD]", "__type": "AddedToken"}}
+    config |= {"unk_token": "<unk>", "sep_token": "a", "additional_special_tokens": LISTED}
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    peer = theirs(save_json(word_level(), tmp_path, tokenizer_config=config))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    text = "a <|end|> [PAD] <more> <m> b"
+    ids = tokenizer.encode(text)
+    assert ids == peer(text)["input_ids"] == [1, 7, 4, 6, 5, 2]
+    assert tokenizer.pad_id == peer.pad_token_id == 4
+    tokenizer.save(tmp_path / "saved")
+    assert Tokenizer.from_folder(tmp_path / "saved").encode(text) == ids
+    config["eos_token"] = "<|end|>"
+    peer = theirs(save_json(word_level(), tmp_path, tokenizer_config=config))
+    ids = Tokenizer.from_folder(tmp_path).encode(text)
+    assert ids == peer(text)["input_ids"] == [1, 4, 5, 7, 6, 2]
+
+
 def test_listed_special_tokens_follow_those_that_have_ids(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file(BASE))
     special = {"additional_special_tokens": ["<6>", "</s>", {"content": "<7>"}]}
