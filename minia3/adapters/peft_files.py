@@ -54,10 +54,14 @@ def read_adapter(name_or_path):
         check_ia3_config(path, config)
         path = adapter_file(path)
 
+    entries = read_tensors(path, as_a_whole=True)
+    if not config and any(".lora_A." in name for name in entries):
+        remedy = "give the folder with its adapter_config.json, which has its scale"
+        raise ValueError(f"{path}: found LoRA's tensors, expected an (IA)^3 adapter: {remedy}")
     vectors = {}
     stored_names = {}  # our name -> the name in the file
     problems = []
-    for stored_name, entry in read_tensors(path, as_a_whole=True).items():
+    for stored_name, entry in entries.items():
         name = rename(stored_name, READ)
         problem = find_mismatch(stored_name, entry, name, vectors)
         if problem is None:

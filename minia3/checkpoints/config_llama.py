@@ -119,6 +119,7 @@ HARMLESS = {
     "transformers.js_config":      "for another program",
     "unsloth_version":             "says who wrote the file",
     "unsloth_fixed":               "says who wrote the file",
+    "max_sequence_length":         "in files of LLaMA 1: says what max_position_embeddings says",
     "is_decoder":                  "a model of this family is nothing else",
     "add_cross_attention":         "no model of this family has or reads it",
     "cross_attention_hidden_size": "no model of this family has or reads it",

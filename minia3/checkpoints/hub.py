@@ -184,7 +184,13 @@ class Snapshot:
             reason = f"is not in the cache, and the hub cannot be reached ({self.network_error})"
             remedy = "Without a network, give the path of a folder"
             raise ValueError(f"{self.repo}: {wanted} {reason}. {remedy}")
-        raise ValueError(f"{self.repo}: this hub repository has no {wanted}")
+        remedy = ""
+        if "config.json" in names:
+            remedy = (
+                ": if it holds .gguf files, download one and give its path; if it holds an "
+                "adapter, give it as the adapter"
+            )
+        raise ValueError(f"{self.repo}: this hub repository has no {wanted}{remedy}")
 
     def look_for(self, name):
         """Download a file if the repository has it.

@@ -29,12 +29,13 @@ PLAIN = LlamaConfig(
     d_model=8, d_head=4, d_ff=16, n_layers=3, n_heads=2, n_kv_heads=1, vocab_size=10
 )
 
-# Keys of published files that transformers 5 no longer writes: of Llama 2 and 3, TinyLlama,
+# Keys of published files that transformers 5 no longer writes: of Llama 1, 2 and 3, TinyLlama,
 # SmolLM2, Mistral, Qwen2, Qwen2.5 and Qwen3
 PUBLISHED = {
     "_name_or_path": "meta-llama/Llama-2-7b-hf",
     "auto_map": {"AutoConfig": "configuration_x.XConfig"},
     "is_llama_config": True,
+    "max_sequence_length": 2048,
     "mlp_bias": False,
     "pretraining_tp": 2,
     "rope_interleaved": False,

@@ -319,7 +319,8 @@ def test_each_failure_is_one_clear_line(hub, tmp_path):
         "org/nowhere": f"org/nowhere: {NOWHERE}",
         "google/flan-t5-bas": f"{NOWHERE}; did you mean google/flan-t5-base?",
         "org/no-weights": "org/no-weights: this hub repository has no model.safetensors or",
-        "org/no-config": "org/no-config: this hub repository has no config.json",
+        "org/no-config": "org/no-config: this hub repository has no config.json: if it holds .gguf "
+        "files, download one and give its path; if it holds an adapter, give it as the adapter",
         "org/lost-shard": "org/lost-shard: this hub repository has no model-00002-of-",
         "org/broken": "org/broken: the download failed: ",
         "org/a name": "org/a name: not a hub id: ",
