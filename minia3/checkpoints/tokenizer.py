@@ -8,6 +8,7 @@ A backend of the package `tokenizers` does the work. It is built from the files 
 folder (tokenizer_files.py), or from the metadata of a GGUF file (gguf_tokenizer.py).
 """
 
+import re
 from pathlib import Path
 
 from tokenizers import processors
@@ -85,16 +86,25 @@ class Tokenizer:
             pad_id = self.eos_id
         self.pad_id = pad_id or 0
 
-        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
-        # The pad_token_id of a config may be the id of any word. If that word became special,
-        # decode would drop it from texts.
-        known_ids = {self.eos_id, *self.backend.get_added_tokens_decoder()}
-        if settings.get("pad_token") or pad_id in known_ids:
-            ids["pad_token"] = pad_id
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": pad_id}
+        known_ids = {i for name, i in ids.items() if self._is_special(i, name, settings)}
         self.special_tokens = {
-            name: self.backend.id_to_token(i) for name, i in ids.items() if i is not None
+            name: self.backend.id_to_token(i) for name, i in ids.items() if i in known_ids
         }
         mark_special(self.backend, self.special_tokens.values())
+
+    def _is_special(self, i, name, settings):
+        """Return whether a token is in no text. name: what it is for, such as "eos_token".
+
+        The id in a config may be that of any word: many configs say 1 and 2, the defaults of LLaMA,
+        beside any vocabulary. If such a word became special, decode would drop it from texts.
+        """
+        if i is None:
+            return False
+        if settings.get(name) or i in self.backend.get_added_tokens_decoder():
+            return True
+        # Any token can pad, also <unk>, which is in texts.
+        return name != "pad_token" and is_special_form(self.backend.id_to_token(i))
 
     def _add_frame(self, settings):
         """Let the backend put bos and eos around a text, if the settings say so and it does not.
@@ -414,6 +424,11 @@ def has_encoder(settings, adds_eos_alone):
     if "model_type" in settings:
         return settings["model_type"] in config_t5.DEFAULTS
     return adds_eos_alone
+
+
+def is_special_form(text):
+    """Return whether a token looks as only special tokens do: </s>, <|end|> or [SEP]."""
+    return re.fullmatch(r"<\S+>|\[\S+\]", text) is not None
 
 
 def special_id(backend, settings, kind):

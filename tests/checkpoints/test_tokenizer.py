@@ -276,6 +276,21 @@ def test_a_token_that_only_the_config_names_is_special_too(tmp_path):
     assert tokenizer.decode([1, 3, 2]) == "a b"
 
 
+def test_a_word_whose_id_is_in_the_config_stays_in_texts(tmp_path):
+    """A config may have LLaMA's default ids, 1 and 2, beside any vocabulary."""
+    backend = word_level()
+    config = {"model_type": "llama", "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    tokenizer = Tokenizer.from_folder(save_json(backend, tmp_path, config=config))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 0)
+    ids = tokenizer.encode("b aa a b")
+    assert ids == backend.encode("b aa a b").ids == [2, 0, 1, 2]
+    assert tokenizer.decode([2, 1, 2]) == "b a b"
+    tokenizer.save(tmp_path)
+    again = Tokenizer.from_folder(tmp_path)
+    assert again.eos_id == 2
+    assert again.decode(again.encode("b a b")) == "b a b"
+
+
 def theirs(folder):
     transformers = pytest.importorskip(
         "transformers", reason="needs the extra: pip install 'minia3[test]'"
