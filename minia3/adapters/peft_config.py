@@ -34,7 +34,7 @@ LORA_HARMLESS = HARMLESS | {
     "layers_pattern":           "the names of the tensors say which layers have an adapter",
     "merge_weights":            "in files of PEFT 0.2: when it added B A to the weight",
     "loftq_config":             "belongs to an init_lora_weights that is refused",
-    "eva_config":               "belongs to an init_lora_weights that is refused",
+    "eva_config":               "the values of A before training",
     "corda_config":             "belongs to an init_lora_weights that is refused",
     "lora_ga_config":           "belongs to an init_lora_weights that is refused",
     "megatron_core":            "read only with a megatron_config",
@@ -52,7 +52,7 @@ LORA_REFUSED = REFUSED | {
     "bias":                     (None, "none", False),
     "enable_lora":              (None, [], False),  # in files of PEFT 0.2: for parts of a linear
     # The others start from the weights of the base, which some of them change.
-    "init_lora_weights":        (None, True, False, "gaussian", "orthogonal"),
+    "init_lora_weights":        (None, True, False, "gaussian", "orthogonal", "eva"),
     "use_rslora":               (None, False, True),  # True: `load_lora` computes the scale
     "use_dora":                 (None, False),
     "use_qalora":               (None, False),

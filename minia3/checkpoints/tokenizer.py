@@ -172,7 +172,9 @@ class Tokenizer:
         return ids[:-1] if self._ends_prompts else ids
 
     def encode_target(self, text: str, end: bool) -> list[int]:
-        """Return the ids of `text` as a target. ("True" and " True" are the same target.)
+        """Return the ids of `text` as a target.
+
+        "True" and " True" are the same target, but not for ByT5 and CodeT5, which keep the space.
 
         T5: encode(text), because the decoder reads the target as a sequence of its own. If that
         does not end in eos, as with a tokenizer.json that adds no special tokens, eos is added.

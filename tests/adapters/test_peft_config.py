@@ -76,7 +76,7 @@ def test_a_key_that_nobody_knows_is_a_warning_that_names_it(check):
         check("x", {**raw, "new_feature": 1})
 
 
-@pytest.mark.parametrize("start", ["gaussian", "orthogonal"])
+@pytest.mark.parametrize("start", ["gaussian", "orthogonal", "eva"])
 def test_a_lora_that_began_with_other_numbers_is_plain(loaded, tmp_path, start):
     """PEFT draws A and B without a look at the weights of the base, which stay as they are."""
     options = peft.LoraConfig(
