@@ -49,6 +49,13 @@ def announce_finished(run, config):
     print(text)
 
 
+def announce_start_over(folder):
+    """Print that a run begins again, if it has written results but has no checkpoint."""
+    path = folder / "metrics.jsonl"
+    if path.exists():
+        print(f"note     {folder} has no checkpoint.pt, so the run starts over: {path} is replaced")
+
+
 def announce_extension(n_steps, config):
     """Print that a run continues after `n_steps` steps, and what its learning rate does then."""
     cell_configs = expand_grid(config, config.axes)

@@ -22,6 +22,9 @@ OTHER_LAYOUT = (
     "or remove the file to start over from step 0"
 )
 DAMAGED = "damaged: remove the file to start over from step 0"
+DAMAGED_AT_THE_END = (
+    "damaged, so the run cannot be extended; it is finished, and metrics.jsonl has its results"
+)
 STATES = "states"  # the folder of the states of groups that are done
 DAMAGED_STATE = "damaged, so the run cannot be extended: begin a new one with --adapter"
 
@@ -96,7 +99,7 @@ def load_checkpoint(folder):
     path = folder / "checkpoint.pt"
     if not path.exists():
         return None
-    with reading(path, DAMAGED, is_bounded=True):
+    with reading(path, damage_in(folder), is_bounded=True):
         values = read_values(path)
         if values.pop("layout", None) != LAYOUT:
             if values.get("finished") is True:  # as earlier versions wrote it
@@ -105,6 +108,15 @@ def load_checkpoint(folder):
         checkpoint = Checkpoint(**values)
         checkpoint.check()
         return checkpoint
+
+
+def damage_in(folder):
+    """Return what to say if the checkpoint of a run is damaged: starting over costs its results."""
+    try:
+        is_finished = results_of_finished(folder) is not None
+    except ValueError:  # metrics.jsonl or config.json is damaged, too
+        is_finished = False
+    return DAMAGED_AT_THE_END if is_finished else DAMAGED
 
 
 def checkpoint_of_results(folder):

@@ -13,7 +13,7 @@ from pathlib import Path
 from minia3.files.messages import plural
 from minia3.files.read import reading
 from minia3.training.checkpoint import (
-    DAMAGED,
+    damage_in,
     keep_state,
     load_state_to_extend,
     reopen_cells,
@@ -41,7 +41,8 @@ def extend(saved, config, n_steps):
     if place > 0:
         group = load_state_to_extend(Path(config.resume), 0)
     else:
-        with reading(Path(config.resume, "checkpoint.pt"), DAMAGED):
+        folder = Path(config.resume)
+        with reading(folder / "checkpoint.pt", damage_in(folder)):
             group = reopen_cells(saved.group)
     return dataclasses.replace(
         saved, is_finished=False, n_done=0, finals=[], failure=None, group=group

@@ -19,6 +19,7 @@ from minia3.files.processes import (
     n_processes,
 )
 from minia3.files.read import reading
+from minia3.training.announce import announce_start_over
 from minia3.training.checkpoint import (
     DAMAGED,
     DAMAGED_STATE,
@@ -118,9 +119,10 @@ class Run:
             self.lock = self.resources.enter_context(lock_folder(self.folder))
             clean_run(self.folder)
             saved = load_checkpoint(self.folder)
-            if saved is None and config.or_resume:  # --resume alone would start over
-                saved = checkpoint_of_results(self.folder)
             self.unrecorded = unrecorded_flags(config, read_run_config(self.folder))
+            # --resume alone starts over. A run that is made longer must not lose its results.
+            if saved is None and (config.or_resume or "steps" in self.unrecorded):
+                saved = checkpoint_of_results(self.folder)
             if saved and "steps" in self.unrecorded:
                 self.saved_before_extension = saved
                 self.extended_from = steps_done(saved, config)
@@ -168,6 +170,7 @@ class Run:
             weights = digest_weights(config)
             check_same_weights(self.folder, weights, config)
             if not (self.folder / "checkpoint.pt").exists():
+                announce_start_over(self.folder)
                 forget_states(self.folder)
             # A signal waits, because `continuation` names flags until config.json has them.
             with self.uninterrupted():

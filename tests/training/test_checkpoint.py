@@ -35,6 +35,15 @@ def test_a_damaged_checkpoint_is_named(damage, tmp_path, capsys):
     fails(["--resume", out], capsys, "checkpoint.pt", "damaged")
 
 
+def test_nobody_is_told_to_start_a_finished_run_over(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, steps=1)) == 0
+    (out / "checkpoint.pt").write_bytes((out / "checkpoint.pt").read_bytes()[:-50])
+    fails(["--resume", out], capsys, "it is finished, and metrics.jsonl has its results")
+    (out / "metrics.jsonl").unlink()
+    fails(["--resume", out], capsys, "damaged: remove the file to start over from step 0")
+
+
 @pytest.mark.parametrize("reader", ["checkpoint.torch.load", "group.Group.load_state_dict"])
 def test_a_checkpoint_for_which_memory_is_missing_is_not_called_damaged(
     reader, tmp_path, capsys, monkeypatch
@@ -141,7 +150,7 @@ def test_a_checkpoint_of_another_model_is_one_line(tmp_path, capsys):
     config = json.loads((out / "config.json").read_text())
     del config["weights"]  # as in runs of versions before it, whose weights are not compared
     (out / "config.json").write_text(json.dumps(config | {"model": str(model("llama"))}))
-    fails(["--resume", out], capsys, "checkpoint.pt", "damaged")
+    fails(["--resume", out], capsys, "checkpoint.pt", "damaged: remove the file to start over")
 
 
 def test_a_finished_run_of_an_earlier_version_is_finished(tmp_path, capsys):

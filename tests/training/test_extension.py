@@ -205,8 +205,10 @@ def test_an_extension_that_is_stopped_before_it_is_recorded_continues_with_steps
 ):
     out = tmp_path / "run"
     assert run(words(out, steps=6)) == 0
-    if not has_checkpoint:
+    if not has_checkpoint:  # as if it was killed before the first one
         (out / "checkpoint.pt").unlink()
+        *lines, _ = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (out / "metrics.jsonl").write_text("".join(lines))
     before = contents(out)
     with monkeypatch.context() as patch:
         patch.setattr(train, "make_cells", lambda config: kill_self(signal.SIGINT))
@@ -427,13 +429,25 @@ def test_a_grid_that_was_stopped_can_be_made_longer(
     assert [line["steps"] for line in events(out, "final")] == [LONG, LONG]
 
 
-def test_a_run_that_starts_over_does_not_continue_from_old_states(tmp_path):
+@pytest.mark.parametrize("name", ["adafactor", "lora"])
+def test_a_finished_run_without_its_checkpoint_is_not_made_longer(name, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, steps=SHORT, **RECIPES[name])) == 0
+    (out / "checkpoint.pt").unlink()
+    before = contents(out)
+    fails(["--resume", out, "--steps", LONG], capsys, f"{out} keeps no state to continue from")
+    assert contents(out) == before
+
+
+def test_a_run_that_starts_over_does_not_continue_from_old_states(tmp_path, capsys):
     flags = GRIDS["lora"]
     out = tmp_path / "run"
     assert run(words(out, steps=6, **flags)) == 0
     before = outcome(out)
     (out / "checkpoint.pt").unlink()
+    capsys.readouterr()
     assert resume(out) == 0
+    assert f"{out} has no checkpoint.pt, so the run starts over" in capsys.readouterr().out
     assert outcome(out) == before
 
 
