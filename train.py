@@ -163,7 +163,7 @@ def run_grid(run: Run, config: Config):
         group = Group(run, cells[:group_size], config, device, dtype)
         announce_group(group, is_first=run.n_done == 0)
         if config.is_training:
-            group.draw_batches()
+            group.draw_batches(cells)
             run.suggested_micro_batch_size = plan_step_memory(run, group)
         run.suggested_eval_batch_size = plan_evaluation_memory(run, group)
         run_group(run, group, config, baselines)

@@ -89,15 +89,9 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
 
     shots = list(shots)  # they are read several times, and may come from a generator
     pairs, n_shots = with_shots(rows, prompt, shots, tokenizer, max_length)
-    is_ranked = metric in CHOICE_METRICS
-    rendered, examples, n_cut = encode_rows(pairs, tokenizer, max_length, end=not is_ranked)
-    check_answers(metric, rows, prompt, rendered)
-    if metric in TEXT_METRICS:
-        sources = [example._replace(targets=[]) for example in examples]
-        check_examples(rows, sources, model, tokenizer)  # the model does not read the targets
-    else:
-        examples, n_ends_cut = fit_all_targets(rows, examples, max_target_length, is_ranked)
-        check_examples(rows, examples, model, tokenizer)
+    rendered, examples, n_cut, n_ends_cut = encode_and_check(
+        model, tokenizer, pairs, prompt, metric, max_length, max_target_length
+    )
     options = {"adapter": adapter, "batch_size": batch_size}
     with naming_rows(rows):
         if metric in TEXT_METRICS:
@@ -115,6 +109,38 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
     if shots:
         result["n_shots"] = float(np.mean(n_shots))
     return result
+
+
+def check_evaluation(
+    model, tokenizer, rows, prompt, *, metric, max_length=512, max_target_length=None
+):
+    """Raise the ValueError that `evaluate` would raise for a row, without running the model.
+
+    The arguments are those of `evaluate`, without shots.
+    """
+    if not rows:
+        return
+    pairs = [(row, prompt) for row in checked_rows(rows, prompt)]
+    encode_and_check(model, tokenizer, pairs, prompt, metric, max_length, max_target_length)
+
+
+def encode_and_check(model, tokenizer, pairs, prompt, metric, max_length, max_target_length):
+    """Return the rendered rows, their examples, and how many inputs and targets were cut.
+
+    pairs: of a row and its prompt, which is `prompt` with the shots of the row. Raise ValueError,
+    with the `idx` of the row, if a row does not suit the metric, the limits or the model.
+    """
+    rows = [row for row, _ in pairs]
+    is_ranked = metric in CHOICE_METRICS
+    rendered, examples, n_cut = encode_rows(pairs, tokenizer, max_length, end=not is_ranked)
+    check_answers(metric, rows, prompt, rendered)
+    if metric in TEXT_METRICS:
+        sources = [example._replace(targets=[]) for example in examples]
+        check_examples(rows, sources, model, tokenizer)  # the model does not read the targets
+        return rendered, examples, n_cut, 0
+    examples, n_ends_cut = fit_all_targets(rows, examples, max_target_length, is_ranked)
+    check_examples(rows, examples, model, tokenizer)
+    return rendered, examples, n_cut, n_ends_cut
 
 
 def checked_rows(rows, prompt, kind="row"):

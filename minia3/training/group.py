@@ -11,7 +11,7 @@ from minia3.checkpoints.load import build_model, load_model
 from minia3.checkpoints.tokenizer import load_tokenizer
 from minia3.files.processes import dividing, first_goes_first
 from minia3.files.progress import showing
-from minia3.inference.evaluation import evaluate, over_prompts
+from minia3.inference.evaluation import check_evaluation, evaluate, over_prompts
 from minia3.inference.scoring import NotFiniteError
 from minia3.model.ia3 import vectors
 from minia3.model.shard import is_sharded, reset_passes
@@ -51,6 +51,15 @@ def template_of_run(config, cells):
     return next(iter(stated), None)
 
 
+def tokenizer_of_run(config, cells):
+    """Return the tokenizer of --model with `template_of_run`."""
+    tokenizer = load_tokenizer(config.model)
+    template = template_of_run(config, cells)
+    if template is not None:
+        tokenizer.chat_template = template
+    return tokenizer
+
+
 class Group:
     """A model, and the cells that train in it at the same time."""
 
@@ -73,10 +82,8 @@ class Group:
                 check_finite=config.check_weights,
                 shards=shards,
             )
-        self.tokenizer = load_tokenizer(config.model)
+        self.tokenizer = tokenizer_of_run(config, cells)
         self.chat_template = template_of_run(config, cells)
-        if self.chat_template is not None:
-            self.tokenizer.chat_template = self.chat_template
         self.n_base = count_base(self.model.config)  # parameters without the vectors
 
         with warnings.catch_warnings(record=True) as caught:
@@ -112,15 +119,40 @@ class Group:
     def device(self):
         return self.model.embed.weight.device
 
-    def draw_batches(self):
+    def draw_batches(self, cells):
         """Draw the examples of all steps, and choose how many of them a forward pass reads.
 
-        Raise ValueError if a row does not fit into --max-length, or cannot be read by the model.
+        cells: those of this group and of all that follow, so that a row is refused before anything
+        trains. Raise ValueError if a row cannot be trained on, or cannot be evaluated later.
         """
-        for cell in self.cells:
-            cell.batches = draw_batches(cell, self.tokenizer, self.model)
+        for cell in cells:
+            if cell.batches:  # an earlier group has drawn them
+                continue
+            tokenizer = self.tokenizer
+            if cell not in self.cells:
+                tokenizer = tokenizer_of_run(self.config, [cell])
+            cell.batches = draw_batches(cell, tokenizer, self.model)
+            self.check_rows(cell, tokenizer)
         print_notes(self.cells)
         self.micro_batch_size = choose_micro_batch_size(self)
+
+    def check_rows(self, cell, tokenizer):
+        """Raise ValueError if a row that is evaluated after the first step cannot be evaluated."""
+        for assignment in cell.assignments:
+            rows = list(assignment.held_out_rows)
+            if cell not in self.cells:  # those of this group are evaluated before the first step
+                rows += assignment.report_rows
+            for prompt in assignment.eval_prompts:
+                with cell.naming_task(assignment.task):
+                    check_evaluation(
+                        self.model,
+                        tokenizer,
+                        rows,
+                        prompt=prompt,
+                        metric=assignment.task.metric,
+                        max_length=self.config.max_length,
+                        max_target_length=self.config.max_target_length,
+                    )
 
     def next_batch(self):
         """Return the examples of the next step, for all cells that still train.

@@ -46,6 +46,33 @@ def test_a_row_that_cannot_be_cut_to_fit_is_found_before_the_first_evaluation(tm
     assert not (tmp_path / "run").exists()
 
 
+LONG_CHOICE = {"input": "w3", "choices": ["w4", " ".join(["w5"] * 50)], "label": 0}
+
+
+@pytest.mark.parametrize("method", ["ia3", "lora"])
+def test_a_held_out_row_that_does_not_fit_is_found_before_the_first_evaluation(
+    method, tmp_path, capsys
+):
+    """Its first evaluation comes hundreds of steps later. There are longer rows that do fit."""
+    longer = [{**row, "input": "w3 " * 99} for row in rows(20)]
+    data = write(tmp_path / "task", train=rows(9), validation=[LONG_CHOICE, *longer], test=rows(9))
+    flags = {"method": method, "task": data, "eval_every": 2, "eval_batch_size": 4}
+    arguments = words(tmp_path / "run", max_target_length=7, **flags)
+    fails(arguments, capsys, "row 0: a choice has 51 tokens, expected at most 7")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_bad_row_of_a_later_cell_is_found_before_an_earlier_one_trains(split, tmp_path, capsys):
+    splits = {"train": rows(9), "validation": rows(9), "test": rows(9)}
+    good = write(tmp_path / "good", **splits)
+    bad = write(tmp_path / "bad", **splits | {split: [*rows(20), LONG_CHOICE]})
+    flags = {"method": "lora", "task": f"{good},{bad}", "eval_every": 2}
+    arguments = words(tmp_path / "run", max_target_length=7, steps=3, **flags)
+    fails(arguments, capsys, "bad: row 20: a choice has 51 tokens, expected at most 7")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("adapters", ["each", "one"])
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_a_message_about_a_row_names_its_task_if_there_are_several(
