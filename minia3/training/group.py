@@ -37,11 +37,13 @@ def template_of_run(config, cells):
     """
     if config.chat_template is not None:
         return read_template(config.chat_template)
-    stated = set()
+    specs = []
     for cell in cells:
-        stated |= {task.spec.chat_template for task in cell.task.members}
-    learned = learned_tasks(config.model, config.adapter)
-    stated |= {spec.chat_template for spec in learned.values()}
+        specs += [task.spec for task in cell.task.members]
+    if not any(spec.messages for spec in specs):
+        return None
+    specs += learned_tasks(config.model, config.adapter).values()
+    stated = {spec.chat_template for spec in specs}
     stated.discard(None)
     if len(stated) > 1:
         raise ValueError(
@@ -70,7 +72,7 @@ class Group:
         first_config = cells[0].config  # has one seed and one rate; in a grid, `config` has several
         forget_peak_memory(device)
         with first_goes_first():
-            download(config)
+            download(config, run)
         shards = choose_shards(config, device, dtype)
         with showing("loading"):
             self.model = load_model(
@@ -87,7 +89,7 @@ class Group:
         self.n_base = count_base(self.model.config)  # parameters without the vectors
 
         with warnings.catch_warnings(record=True) as caught:
-            trained = trainable_parameters(self.model, first_config)
+            trained = trainable_parameters(self.model, first_config, run.saved_names)
         self.warnings = [str(warning.message) for warning in caught]
         if dtype == torch.float64:
             self.model.double()  # so that the vectors are not float32
@@ -102,8 +104,8 @@ class Group:
         if config.is_training:
             self.optimizer = make_optimizer(trained.values(), first_config)
             self.n_trained = count_entries(trained) // len(cells)
-            # Vectors that do not train are saved, too: they may come from --adapter, whose file may
-            # change before the run is resumed.
+            # Vectors that do not train are saved, too: they may come from --adapter, which may have
+            # changed or gone when the run is resumed.
             self.parameters = vectors(self.model) | trained
         for row, cell in enumerate(cells):
             cell.attach(trained, row)
@@ -266,6 +268,12 @@ class Group:
         for cell, cell_state in zip(self.cells, state["cells"], strict=True):
             cell.load_state_dict(cell_state)
         self.log.load_state_dict(state["log"])
+        adapter = self.config.adapter
+        if adapter is not None and shapes(state["parameters"]) != shapes(self.parameters):
+            raise ValueError(
+                f"it has other parameters than --adapter {adapter}, which was replaced: restore "
+                "the adapter with which the run began"
+            )
         set_values(self.parameters, state["parameters"])
         if self.optimizer:
             self.optimizer.load_state_dict(state["optimizer"])
@@ -274,11 +282,17 @@ class Group:
         set_random_state(state["random"], self.device)
 
 
-def download(config):
-    """Download the files of --model and --adapter, if they are not on this machine."""
+def download(config, run):
+    """Download the files of --model and --adapter, if they are needed and not on this machine."""
     find(config.model)
-    if config.adapter is not None:
+    has_vectors = config.method == "ia3" and run.saved_names  # see `trainable_parameters`
+    if config.adapter is not None and not has_vectors:
         find_adapter(config.adapter)
+
+
+def shapes(parameters):
+    """Return a dict from the name of each parameter to its shape."""
+    return {name: parameter.shape for name, parameter in parameters.items()}
 
 
 @functools.lru_cache(maxsize=1)  # all groups of a run have the same base

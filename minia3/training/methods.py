@@ -12,17 +12,19 @@ from minia3.adapters.rows import load_adapter, save_adapter
 from minia3.checkpoints.save import save_model
 from minia3.inference.turns import answer_as_learned
 from minia3.model.ia3 import freeze
-from minia3.model.more_vectors import choose_vectors
+from minia3.model.more_vectors import add_vectors, choose_vectors
 from minia3.tasks.task_file import write_task_file
 
 
-def trainable_parameters(model, config):
+def trainable_parameters(model, config, saved_names=()):
     """Freeze all parameters that the flags do not train. Return the others: name to parameter.
 
     Read --adapter, if it is given; for (IA)^3, into every row. `config` has a single seed, from
-    which LoRA's A is drawn. Raise ValueError if --adapter is not for the method.
+    which LoRA's A is drawn. saved_names: of the vectors whose values a checkpoint has; then they
+    are made, and --adapter is not read. Raise ValueError if --adapter is not for the method.
     """
-    if config.adapter is not None:
+    has_values = config.method == "ia3" and len(saved_names) > 0
+    if config.adapter is not None and not has_values:
         check_kind(config)
     if config.method == "lora":
         if config.adapter is not None:
@@ -41,7 +43,9 @@ def trainable_parameters(model, config):
                 trained[name] = parameter
         return trained
 
-    if config.adapter is not None:
+    if has_values:
+        add_vectors(model, saved_names)
+    elif config.adapter is not None:
         for row in range(model.n_adapters):
             load_adapter(model, config.adapter, row)
     return choose_vectors(model, config.sites, config.layers, not config.no_cross)

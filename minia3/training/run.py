@@ -60,6 +60,12 @@ class Failed(RuntimeError):
     """A run that cannot continue. The message says why, and what to try."""
 
 
+def parameter_names(state):
+    """Return the names of the parameters in the state of a group, which may be None."""
+    parameters = (state or {}).get("parameters")
+    return list(parameters) if isinstance(parameters, dict) else []  # a damaged state has none
+
+
 class Run:
     """A run: its folder, its last checkpoint, and the signals that stop it.
 
@@ -88,6 +94,7 @@ class Run:
                 self.open_folder(config)
             saved = dataclasses.replace(self.saved, group=None)  # which `restore` sends
             opened = from_first((self.folder, saved, self.extended_from, self.unrecorded))
+            self.saved_names = from_first(parameter_names(self.saved.group))
             if not is_first():
                 self.folder, self.saved, self.extended_from, self.unrecorded = opened
         except BaseException:

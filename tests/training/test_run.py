@@ -558,6 +558,38 @@ def test_a_resumed_run_keeps_vectors_that_do_not_train_if_their_file_has_changed
     assert outcome(out) == outcome(whole)
 
 
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_resumed_run_does_not_need_the_vectors_that_it_began_with(is_replaced, tmp_path):
+    """One of them has a site that the paper does not have, so the model must be given it again."""
+    begun, other, whole, out = (tmp_path / name for name in ("begun", "other", "whole", "run"))
+    assert run(words(begun, sites="q,k", lr=0.1, steps=2)) == 0
+    assert run(words(other, sites="v,o", lr=0.1, steps=2)) == 0
+    flags = {"sites": "k", "adapter": begun / "adapter", "steps": 8, "save_every": 4}
+    assert run(words(whole, **flags)) == 0
+    with break_off(at_step=6), pytest.raises(Killed):
+        run(words(out, **flags))
+    shutil.rmtree(begun)
+    if is_replaced:
+        shutil.copytree(other, begun)
+    assert resume(out) == 0
+    assert outcome(out) == outcome(whole)
+
+
+def test_a_resumed_run_whose_lora_is_gone_or_replaced_says_so(tmp_path, capsys):
+    begun, other, out = (tmp_path / name for name in ("begun", "other", "run"))
+    assert run(words(begun, method="lora", rank=2, steps=1)) == 0
+    assert run(words(other, method="lora", rank=3, steps=1)) == 0
+    flags = {"method": "lora", "adapter": begun / "adapter", "steps": 8, "save_every": 4}
+    with break_off(at_step=6), pytest.raises(Killed):
+        run(words(out, **flags))
+    shutil.rmtree(begun)
+    before = contents(out)
+    fails(["--resume", out], capsys, f"{begun / 'adapter'}: not found; expected the folder")
+    assert contents(out) == before
+    shutil.copytree(other, begun)
+    fails(["--resume", out], capsys, f"other parameters than --adapter {begun / 'adapter'}, which")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", RECIPES)

@@ -39,6 +39,17 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
+def test_processes_resume_without_the_adapter_that_they_began_with(tmp_path):
+    begun, out = (tmp_path / name for name in ("begun", "run"))
+    assert running.run(running.words(begun, sites="q,k", lr=0.1, steps=2)) == 0
+    flags = {"sites": "k", "adapter": begun / "adapter", "steps": 3}
+    assert several.call(2, *words(out, **flags))[0] == 0
+    begun.rename(tmp_path / "elsewhere")
+    code, _, err = several.call(2, "train.py", "--resume", out, "--steps", "6")
+    assert (code, err) == (0, "")
+    assert running.events(out, "final")[0]["steps"] == 6
+
+
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
     arguments = words(tmp_path / "run", model="no-such-model")
     code, out, err = several.call(2, *arguments)
