@@ -73,6 +73,8 @@ def train(run, group, config):
 
             # A cell that has failed or run out of patience is no longer active.
             if log.step == config.steps or not group.active_cells:
+                with run.uninterrupted():
+                    log.write_rest()
                 break
 
             with run.uninterrupted():

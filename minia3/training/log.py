@@ -154,6 +154,14 @@ class TrainingLog:
         self.n_tokens = 0
         self.logged_seconds = self.seconds
 
+    def write_rest(self):
+        """Write a line about the steps since the last line, if an early stop has left some."""
+        self.losses = self.read_losses()
+        self.unread = []
+        if self.losses:
+            last_step = self.losses[-1]
+            self.write_training([cell for row, cell in enumerate(self.cells) if row in last_step])
+
     def training_line(self, means, cells):
         """Return the values of a line. means: from `mean_losses`."""
         n_examples = self.config.batch_size * sum(len(losses) for losses in self.losses)

@@ -30,7 +30,7 @@ from running import (
     words,
 )
 from tqdm import tqdm
-from written_out import read
+from written_out import read, results_by_hand
 
 import minia3
 from minia3.training.batch import MicroBatch
@@ -59,6 +59,31 @@ def test_metrics_are_on_disk_line_by_line_at_least_every_ten_steps(tmp_path, mon
         numbers = ("loss", "examples_per_second", "tokens_per_second", "memory_bytes")
         assert line.keys() == {"event", "step", "lr", *numbers}
         assert all(line[key] > 0 for key in numbers)
+
+
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_an_early_stop_writes_the_losses_since_the_last_line(is_interrupted, tmp_path, monkeypatch):
+    held_out = {5: 0.5, 10: 0.6, 15: 0.6}
+    write_rest = TrainingLog.write_rest
+
+    def interrupted(log):
+        kill_self(signal.SIGINT)
+        write_rest(log)
+
+    with monkeypatch.context() as patch:
+        results_by_hand(patch, lambda group, cell: held_out[group.log.step])
+        if is_interrupted:
+            patch.setattr(TrainingLog, "write_rest", interrupted)
+        code = run(words(tmp_path / "early", steps=30, eval_every=5, patience=1))
+    if is_interrupted:
+        assert code == 130
+        assert resume(tmp_path / "early") == 0
+    assert run(words(tmp_path / "all", steps=30, save_every=15)) == 0
+    early = events(tmp_path / "early", "train")
+    found = [line for line in events(tmp_path / "all", "train") if line["step"] <= 15]
+    assert [line["step"] for line in early] == [1, 10, 15]
+    for name in ("loss", "lr"):
+        assert [line[name] for line in early] == [line[name] for line in found]
 
 
 def test_each_line_logs_the_learning_rate_of_its_step(tmp_path):
