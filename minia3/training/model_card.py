@@ -25,6 +25,18 @@ from minia3.training.shown_commands import training_command
 AUTO_CLASSES = {"T5": "AutoModelForSeq2SeqLM", "Llama": "AutoModelForCausalLM"}
 
 
+# What a vector scales, by the names of --sites
+SCALED = {
+    "k": "the keys",
+    "v": "the values",
+    "ff": "the inner activations of the feed-forward network",
+    "q": "the queries",
+    "o": "the outputs of attention",
+    "up": "the outputs of the feed-forward network's up projection",
+    "gate": "the outputs of the feed-forward network's gate projection",
+}
+
+
 @dataclass
 class Facts:
     """What a card says: texts that are ready to be inserted."""
@@ -40,6 +52,9 @@ class Facts:
     origin: str  # how it was made, and from which files
     auto_class: str
     place: str  # a comment beside the base, if the reader must put it there
+    scaled: str  # what the vectors of (IA)^3 scale
+    layers: str  # in which layers
+    further: str  # the command that trains a LoRA further
 
 
 def write_card(folder, config, finals, checksums):
@@ -72,8 +87,8 @@ tags: [ia3, peft]
 
 # (IA)^3 for {facts.tasks}, on {facts.model}
 
-{facts.n_trainable} parameters ({facts.share} of the base's {facts.n_base}) that rescale the keys,
-the values and the inner activations of the feed-forward network in each layer of {facts.model},
+{facts.n_trainable} parameters ({facts.share} of the base's {facts.n_base}) that rescale
+{facts.scaled}, in {facts.layers} of {facts.model},
 whose own parameters are unchanged: Liu et al. 2022, https://arxiv.org/abs/2205.05638.
 
 {facts.results}
@@ -110,8 +125,7 @@ tags: [lora, peft]
 {facts.n_trainable} parameters ({facts.share} of the base's {facts.n_base}): two thin matrices A and
 B beside some of the weights W of {facts.model}, whose own parameters are unchanged. W x becomes
 W x + alpha / r B A x: Hu et al. 2021, https://arxiv.org/abs/2106.09685. The file
-adapter_config.json has alpha and r, and names these weights. `train.py --method lora --adapter .`
-trains this LoRA further.
+adapter_config.json has alpha and r, and names these weights.
 
 {facts.results}
 
@@ -124,6 +138,10 @@ from minia3.adapters.lora import load_lora
 model = minia3.load_model({facts.model!r}){facts.place}
 tokenizer = minia3.load_tokenizer({facts.model!r})
 load_lora(model, ".")  # this folder, or the name of this repository
+```
+
+```sh
+{facts.further}  # trains this LoRA further
 ```
 
 ```python
@@ -194,8 +212,10 @@ def collect_facts(config, finals, checksums):
         origin += f"\n\nThe run was extended (`--resume`) after step {steps}. Until then, the"
         origin += " learning rate was that of a shorter run, so the command gives another result."
 
+    model = shown_model(config.model)
+    further = ["minia3", "train", "--model", model, "--task", "rows.jsonl", "--method", "lora"]
     return Facts(
-        model=shown_model(config.model),
+        model=model,
         base_code=code_of_base(config.model, auto_class),
         tasks=", ".join(tasks),
         n_trainable=f"{final['trainable']:,}",
@@ -206,7 +226,28 @@ def collect_facts(config, finals, checksums):
         origin=origin,
         auto_class=auto_class,
         place=place,
+        scaled=scaled_places(config),
+        layers=scaled_layers(config, final["architecture"]),
+        further=shlex.join([*further, "--adapter", "."]),
     )
+
+
+def scaled_places(config):
+    """Return what the trained vectors scale, as in "the keys, the values and the queries"."""
+    sites = config.sites.split(",")
+    *first, last = [text for site, text in SCALED.items() if site in sites]
+    text = f"{', '.join(first)} and {last}" if first else last
+    if config.no_cross:
+        text += ", but not in cross-attention"
+    return text
+
+
+def scaled_layers(config, architecture):
+    """Return in which layers the vectors train. architecture: a key of AUTO_CLASSES."""
+    if config.layers == "0-":
+        return "each layer"
+    place = ", of the encoder and of the decoder" if architecture == "T5" else ""
+    return f"the layers {config.layers} (counted from 0{place})"
 
 
 def hub_data_sets(config):

@@ -157,6 +157,32 @@ def test_results_counts_and_checksums_come_from_the_run():
     assert "AUC" not in other
 
 
+def test_a_card_says_which_vectors_train():
+    usual = "the keys, the values and the inner activations of the feed-forward network"
+    assert f" that rescale\n{usual}, in each layer of tiny-t5,\n" in make_card()
+    text = make_card(train.Config(sites="q,k", layers="0-1,3-", no_cross=True))
+    layers = "the layers 0-1,3- (counted from 0, of the encoder and of the decoder)"
+    assert f"\nthe keys and the queries, but not in cross-attention, in {layers} of tiny-t5" in text
+    text = make_card(train.Config(sites="ff", layers="2"), {"architecture": "Llama"})
+    assert f"\n{usual.partition(' and ')[2]}, in the layers 2 (counted from 0) of" in text
+
+
+def test_the_command_that_trains_a_lora_further_trains_it(tmp_path, monkeypatch):
+    first = running.words(tmp_path / "run", method="lora", steps=1)
+    assert running.run(first) == 0
+    monkeypatch.chdir(tmp_path / "run" / "adapter")
+    text = Path("README.md").read_text()
+    (command,) = re.findall("```sh\n(.*)  # trains this LoRA further\n```", text)
+    words = shlex.split(command)
+    assert words[:2] == ["minia3", "train"]
+    # The card names neither the folder of the model nor the rows of the reader.
+    Path(running.model("t5").name).symlink_to(running.model("t5"))
+    Path("rows.jsonl").write_text((running.task() / "train.jsonl").read_text())
+    out = tmp_path / "further"
+    assert running.run([*words[2:], "--out", out, "--steps", "1"]) == 0
+    assert (out / "adapter" / "adapter_model.safetensors").exists()
+
+
 def test_the_card_of_a_mixture_names_its_tasks_and_has_the_figures_of_each():
     config = train.Config(task=("rte", "a/b.jsonl"), adapters="one")
     unlabeled = {"task": "b", "rows": 7, "accuracy": None, "auc": None}
