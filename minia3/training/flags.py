@@ -218,7 +218,8 @@ def check_value(field, value):
         return
     for limit_name, limit in field.metadata["limits"].items():
         if not is_within(limit_name, limit, value):
-            raise ValueError(f"{found} {describe_limit(limit_name, limit)}")
+            kind = "a finite number " if value == math.inf else ""
+            raise ValueError(f"{found} {kind}{describe_limit(limit_name, limit)}")
 
 
 def is_within(limit_name, limit, value):

@@ -25,8 +25,9 @@ LIMITS = """
     lr 0.0 above 0
     lr -1.0 above 0
     lr nan above 0
-    lr inf above 0
+    lr inf a finite number above 0
     clip 0.0 above 0
+    clip inf a finite number above 0
     dropout 1.0 below 1
     dropout -0.1 at least 0
     dropout nan at least 0
