@@ -5,8 +5,10 @@ from contextlib import contextmanager
 
 from minia3.files.messages import plural
 from minia3.files.processes import n_processes
+from minia3.files.read import reading
 from minia3.model.shard import is_sharded
 from minia3.training.flags import expand_grid
+from minia3.training.metrics_file import read_metrics
 from minia3.training.optimizer import learning_rate
 from minia3.training.shown_commands import resume_command
 
@@ -41,12 +43,22 @@ def announce_finished(run, config):
     """Print that there is nothing left to do, and how to train longer."""
     text = f"{run.folder} is finished: the final lines of its metrics.jsonl are the results"
     if run.failure is not None:
-        text += f" (an adapter that failed has none: {run.failure})"
+        text += f" ({describe_failed(run.folder)})"
     # Version 0.1.0 kept no state, and users may remove checkpoint.pt.
     if config.is_training and run.saved.group is not None:
         longer = {"steps": 2 * config.steps}
         text += f"; to train longer: {resume_command(run.program, run.folder, longer)}"
     print(text)
+
+
+def describe_failed(folder):
+    """Return which adapters of a finished run have no results, and why."""
+    with reading(folder):
+        lines = read_metrics(folder / "metrics.jsonl")
+    reasons = [line["reason"] for line in lines if line["event"] == "failed"]
+    if len(reasons) == 1:
+        return f"an adapter that failed has none: {reasons[0]}"
+    return f"{len(reasons)} adapters that failed have none: {'; '.join(reasons):.600}"
 
 
 def announce_start_over(folder):

@@ -51,6 +51,8 @@ class Cell:
             self.key["adapter"] = name
             for axis in ("seed", "lr", *axes):
                 self.key[axis] = getattr(config, axis)
+            if "task" in axes:
+                self.key["task"] = task.name  # the flag may be a path
             self.folder = Path("adapters", name.replace("/", "-"))
 
         # `attach` sets the rest, once there is a model.

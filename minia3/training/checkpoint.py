@@ -103,7 +103,7 @@ def load_checkpoint(folder):
         values = read_values(path)
         if values.pop("layout", None) != LAYOUT:
             if values.get("finished") is True:  # as earlier versions wrote it
-                return Checkpoint(is_finished=True)
+                return Checkpoint(is_finished=True, finals=known_results(folder) or [])
             raise ValueError(OTHER_LAYOUT)
         checkpoint = Checkpoint(**values)
         checkpoint.check()
@@ -112,11 +112,15 @@ def load_checkpoint(folder):
 
 def damage_in(folder):
     """Return what to say if the checkpoint of a run is damaged: starting over costs its results."""
+    return DAMAGED if known_results(folder) is None else DAMAGED_AT_THE_END
+
+
+def known_results(folder):
+    """Return the results of a finished run, or None, also if metrics.jsonl is damaged."""
     try:
-        is_finished = results_of_finished(folder) is not None
-    except ValueError:  # metrics.jsonl or config.json is damaged, too
-        is_finished = False
-    return DAMAGED_AT_THE_END if is_finished else DAMAGED
+        return results_of_finished(folder)
+    except ValueError:
+        return None
 
 
 def checkpoint_of_results(folder):

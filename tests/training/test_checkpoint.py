@@ -8,8 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import at_line, contents, fails, in_new_process, kill_self, model, resume, run, words
+from running import (
+    at_line,
+    contents,
+    events,
+    fails,
+    in_new_process,
+    kill_self,
+    model,
+    resume,
+    run,
+    words,
+)
 
+import minia3
 from minia3.training.checkpoint import (
     LAYOUT,
     Checkpoint,
@@ -20,6 +32,7 @@ from minia3.training.checkpoint import (
 )
 from minia3.training.memory_fit import limited_memory
 from minia3.training.memory_plan import MemoryCounter
+from minia3.training.outcomes import result_in
 from minia3.training.run import Run
 
 N_BYTES = 1 << 25  # of a state whose copy is noticed
@@ -163,6 +176,8 @@ def test_a_finished_run_of_an_earlier_version_is_finished(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "is finished" in shown
     assert "--steps" not in shown  # because it has kept no state
+    results = minia3.train(resume=out).results
+    assert results == [result_in(line) for line in events(out, "final")]
     after = contents(out)
     assert {name for name in before if before[name] != after[name]} == {Path("checkpoint.pt")}
 

@@ -516,6 +516,19 @@ def test_vectors_that_are_not_finite_are_never_saved(tmp_path, capsys):
     assert "lr1e+25" in note
 
 
+def test_failed_adapters_of_a_finished_run_are_named_and_so_are_their_tasks(tmp_path, capsys):
+    out = tmp_path / "run"
+    names = running.mixed_tasks()
+    flags = {"task": names, "lr": "0.01,1e30", "warmup_ratio": 0, "steps": 12}
+    assert run(words(out, **flags)) == 1
+    failed = running.events(out, "failed")
+    assert [line["task"] for line in failed] == ["small", "large"]
+    capsys.readouterr()
+    assert running.resume(out) == 0
+    reasons = "; ".join(line["reason"] for line in failed)
+    assert f"(2 adapters that failed have none: {reasons})" in capsys.readouterr().out
+
+
 def test_a_cell_that_fails_alone_leaves_the_cells_after_it_to_train(tmp_path, capsys):
     assert (
         run(words(tmp_path / "run", method="full", lr="1e30,0.01", warmup_ratio=0, steps=12)) == 1
