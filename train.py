@@ -148,7 +148,7 @@ def run_grid(run: Run, config: Config):
     dtype = choose_dtype(config, device)
     run.dtype = str(dtype).removeprefix("torch.")
     announce_device(device, reason, run.dtype, run.saved.dtype)
-    announce_processes(run.saved.n_processes)
+    announce_processes(run.saved.n_processes, config)
     if run.extended_from is not None:
         announce_extension(run.extended_from, config)
     if config.deterministic:

@@ -79,14 +79,15 @@ def announce_extension(n_steps, config):
     )
 
 
-def announce_processes(n_before):
+def announce_processes(n_before, config):
     """Print how many processes there are, if it is more than one, or another number than before.
 
     n_before: how many have trained a resumed run so far.
     """
     n_now = n_processes()
     if n_now > 1:
-        print(f"share    each of {n_now} processes computes a part of every step")
+        shared = "step" if config.is_training else "evaluation"
+        print(f"share    each of {n_now} processes computes a part of every {shared}")
     if n_before != n_now:
         print(
             f"note     processes so far: {n_before}, from now on: {n_now}; results differ by "

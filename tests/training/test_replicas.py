@@ -19,7 +19,8 @@ from torch_version import TORCH
 from minia3.files import processes
 from minia3.files.lock import waiting_for_lock
 from minia3.files.processes import is_first
-from minia3.training import replicas
+from minia3.training import announce, replicas
+from minia3.training.config import Config
 from minia3.training.replicas import seed_dropout, share_of_step, state_from_first, sum_step
 
 TOLERANCE = 1e-9  # of float64, after some steps
@@ -228,6 +229,14 @@ def become(monkeypatch, rank, n_processes):
     """Let this process believe that it is one of several."""
     monkeypatch.setattr(processes._process, "rank", rank)
     monkeypatch.setattr(processes._process, "n_processes", n_processes)
+
+
+@pytest.mark.parametrize(("flag", "shared"), [(False, "step"), (True, "evaluation")])
+def test_what_processes_share_is_what_the_run_does(flag, shared, monkeypatch, capsys):
+    monkeypatch.setattr(announce, "n_processes", lambda: 2)
+    announce.announce_processes(2, Config(eval_only=flag))
+    line = f"share    each of 2 processes computes a part of every {shared}\n"
+    assert capsys.readouterr().out == line
 
 
 def test_each_process_and_each_step_draws_its_own_dropout(monkeypatch):
