@@ -175,7 +175,8 @@ def run_grid(run: Run, config: Config):
         # --recompute and --compile give a block a forward that holds the block; with --offload, the
         # hooks of FSDP hold each other.
         del group
-        gc.collect()
+        if cells:
+            gc.collect()
 
     reported = {final.get("adapter") for final in run.finals}  # {None} if there is a single cell
     report(config, run.folder, run.finals, n_failed=n_cells - len(reported))

@@ -6,6 +6,7 @@ stands in the folder says how far the run is.
 """
 
 import argparse
+import gc
 import os
 import re
 import shlex
@@ -205,6 +206,8 @@ def make_run(study_run):
                 return make_run(study_run)  # another worker has begun it since we looked
             print_error(command_line.error_line(COMMAND, error))
             return "failed"
+        finally:
+            gc.collect()  # before the next model is loaded, see `run_grid` in train.py
 
 
 # States

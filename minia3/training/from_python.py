@@ -1,5 +1,6 @@
 """`minia3.train`: a run from Python, in a notebook or in a thread."""
 
+import gc
 import os
 import signal
 import threading
@@ -47,6 +48,8 @@ def train(model=None, task=None, **flags):
             number = stop.number
         else:
             return Trained(run.finals, run.folder)
+        finally:
+            gc.collect()  # before another model is loaded, see `run_grid` in train.py
     # Now the signal does what it would have done without us.
     signal.raise_signal(number)
     raise KeyboardInterrupt

@@ -3,7 +3,6 @@
 Each of the three hands over `run_grid` of train.py, because no module imports train.py.
 """
 
-import gc
 import sys
 import traceback
 from contextlib import contextmanager
@@ -67,7 +66,7 @@ def exit_code_of(words, run_grid, program, is_program):
 
 @contextmanager
 def freeing_memory():
-    """Return a context. If an error ends it, free what its functions held: the model, a step.
+    """Return a context. If an error ends it, let go of what its functions held, such as the model.
 
     A notebook keeps its last error, and with the traceback the variables of all functions that the
     error has ended. But the error may say how to continue, and the next model needs the memory.
@@ -80,7 +79,6 @@ def freeing_memory():
         while earlier not in (None, handled_before):
             traceback.clear_frames(earlier.__traceback__)
             earlier = earlier.__context__
-        gc.collect()  # see `run_grid` in train.py
         raise
 
 
