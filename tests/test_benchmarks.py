@@ -478,6 +478,8 @@ def test_every_line_about_many_adapters_works(tmp_path, capsys, monkeypatch):
     ("name", "group"),
     [
         ("aten::mm", "matrix products"),
+        ("aten::addmv_", "matrix products"),  # which `mv` calls
+        ("aten::add_", "sums"),
         ("aten::mul_", "products of elements"),
         ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
         ("aten::_log_softmax_backward_data", "loss"),

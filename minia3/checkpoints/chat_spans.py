@@ -209,7 +209,8 @@ def how_to_train(before, after, messages):
         content = message.get("content")
         if message["role"] == "system" and isinstance(content, str):
             text = content.strip()
-            if before.count(text) > after.count(text):  # the template has moved or dropped it
+            # The template has moved or dropped it.
+            if text and before.count(text) > after.count(text):
                 return f"put the system message into the question, or give {BLOCKS}"
     return f"give a template whose prompt the conversation repeats, or {BLOCKS}"
 

@@ -109,7 +109,8 @@ def read_sentencepiece(data, is_prefix_for_all=True, has_prefix=True):
     if TIKTOKEN_LINE.match(data):
         raise ValueError(
             "this is Llama 3's tiktoken format, which is not supported: "
-            "put the model's tokenizer.json into this folder: it is read first"
+            "put the model's tokenizer.json and tokenizer_config.json into this folder: they are "
+            "read in its place"
         )
     fields = list(read_fields(data))
     pieces = [read_piece(value) for number, value in fields if number == PIECES]

@@ -38,8 +38,9 @@ UNKNOWN_CHARACTER = "\U0010fffd"  # a character for private use, which no vocabu
 
 # Settings that only other programs read. A tokenizer that is saved keeps them.
 KEPT = ("model_max_length", "padding_side", "truncation_side")
-# Classes of transformers that pad on the left if no setting says where. PreTrainedTokenizerFast,
-# which `save` names in their place, pads on the right, and then a LLaMA continues the padding.
+# The classes of transformers for a LLaMA's tokenizer. They follow add_bos_token (see `_add_frame`),
+# and pad on the left if no setting says where. PreTrainedTokenizerFast, which `save` names in their
+# place, pads on the right, and then a LLaMA continues the padding.
 CLASSES_OF_LLAMA = ("LlamaTokenizer", "CodeLlamaTokenizer")
 
 
@@ -87,9 +88,9 @@ class Tokenizer:
         self.pad_id = pad_id or 0
 
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": pad_id}
-        known_ids = {i for name, i in ids.items() if self._is_special(i, name, settings)}
+        special_ids = {i for name, i in ids.items() if self._is_special(i, name, settings)}
         self.special_tokens = {
-            name: self.backend.id_to_token(i) for name, i in ids.items() if i in known_ids
+            name: self.backend.id_to_token(i) for name, i in ids.items() if i in special_ids
         }
         mark_special(self.backend, self.special_tokens.values())
 

@@ -68,6 +68,8 @@ def read_settings(folder):
             if "bos_token" in content and is_absent("bos_token", content["bos_token"]):
                 settings.pop("bos_token_id", None)
                 settings.pop("bos_token", None)
+            if is_empty(content.get("eos_token")) and not (folder / "tokenizer.json").is_file():
+                settings.pop("eos_token_id", None)  # as wrong; a sentencepiece file has its own
             settings |= {key: value for key, value in content.items() if not is_absent(key, value)}
     templates = read_template_files(folder)
     if templates is not None:
@@ -77,8 +79,12 @@ def read_settings(folder):
 
 def is_absent(key, value):
     """Return whether a value of the settings is as good as none: a null, or an empty token."""
-    text = value.get("content") if isinstance(value, dict) else value
-    return value is None or (key.endswith("_token") and text == "")
+    return value is None or (key.endswith("_token") and is_empty(value))
+
+
+def is_empty(token):
+    text = token.get("content") if isinstance(token, dict) else token
+    return text == ""
 
 
 def read_backend(file, settings):

@@ -134,14 +134,14 @@ def read_results(folders):
     """
     results, missing = read_runs(folders)
     notes = []
-    unread = unread_folders(folders)
-    if unread:
-        notes.append(f"folders of runs inside, not read: {join_paths(unread)}")
     if missing:
         names = ", ".join(missing)
         notes.append(f"{len(missing)} left out, because metrics.jsonl has no result: {names}")
+    unread = unread_folders(folders)
+    if unread:
+        notes.append(f"folders of runs inside, not read: {join_paths(unread)}")
     if not results:
-        reason = notes[0] if notes else "train.py wrote none of the folders"
+        reason = "; ".join(notes) if notes else "train.py wrote none of the folders"
         raise ValueError(f"no run has a result: {reason:.300}")
 
     label_results(results)

@@ -1,9 +1,9 @@
 """Start the workers of a study with submitit (the extra `cluster`): on SLURM, or here.
 
-submitit writes the batch script, and queues a worker again if it gets submitit's signal (USR2),
-because its time is up or, if the cluster sends the signal then, too, its machine is taken away.
-After a SIGTERM a run saves its state as well, but its worker ends. The other settings of a cluster
-are environment variables of sbatch, which override the script: SBATCH_GRES, SBATCH_ACCOUNT ...
+submitit writes the batch script. A worker that gets submitit's signal (USR2) saves its run and is
+queued again: when its time is up and, on clusters that send it then, when its machine is taken
+away. A worker that gets SIGTERM saves its run and ends. The other settings of a cluster are
+environment variables of sbatch, which override the script: SBATCH_GRES, SBATCH_ACCOUNT ...
 """
 
 import math

@@ -394,9 +394,9 @@ def decoding_modes():
     """Run a step without gradients, and outside of inference mode.
 
     The caller of a generator may be in another mode at each step, and a tensor that was made in
-    inference mode cannot be changed outside of it. A generator enters these modes for each step. As
-    its decorators, they would keep its arguments until it ends, and so the keys and values of rows
-    that have left the batch.
+    inference mode cannot be changed outside of it. So a generator enters these modes for each step.
+    Decorators of the generator would keep its arguments until it ends, and with them the keys and
+    values of rows that have left the batch.
     """
     with torch.inference_mode(False), torch.no_grad():
         yield

@@ -3,7 +3,8 @@
 Read in this order: `ia3` (the method), `blocks` (attention, feed-forward and block, with (IA)^3 in
 its three places), `attend` (attention itself), `sequence_state` (the masks, caches and positions of
 a running sequence), `t5` and `llama` (how blocks become a model). The other files can wait: without
-padding, `packing` returns what it is given, and recompute(f, x) returns f(x).
+padding, `packing` returns what it is given, recompute(f, x) returns f(x), and `Linear` computes
+what nn.Linear does.
 
     save memory or time                linear, packing, recompute, target_logprobs, single_row,
                                        static_state, to_device, processor

@@ -39,7 +39,7 @@ def is_faster_with_weight_first(x, weight):
 
 
 def linear_with_weight_first(x, weight):
-    """Return F.linear(x, weight) for a few rows,."""
+    """Return F.linear(x, weight) for a few rows of x."""
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) == 1:
         return torch.mv(weight, rows[0]).view(*x.shape[:-1], -1)

@@ -158,8 +158,8 @@ class State:
         """Add columns for the next tokens, and return the tokens as the blocks read them.
 
         tokens_RL (R, L) becomes (R / n_sharing, n_sharing * L): rows that share a cache row stand
-        side by side in it. Raise ValueError if the number of rows is wrong. Whoever asks for the
-        logits calls `end_step` after them.
+        side by side in it. Raise the ValueError of `check_tokens`. If another step is to follow,
+        the caller calls `end_step` once this one has succeeded.
         """
         self.check_tokens(tokens_RL)
         self.is_stepping = True
@@ -308,7 +308,7 @@ class Selection:
         self.rows_R = to_device(self.cpu_rows_R, self.device)
         self.n_rows = len(state.start)
         self.n_sharing = state.n_sharing
-        self.serving = {}  # n_served -> what `serving_rows` has returned
+        self.serving = {}  # n_served -> the result of `serving_rows`
         self.token_M = state.token_M
         self.owner_M = state.owner_M
         if self.n_sharing > 1:
@@ -348,9 +348,9 @@ class Selection:
         return x if is_all else x[serving]
 
     def numbers_of(self, numbers):
-        """Return the number of each of rows_R in a tuple of those of the caches, if there are any.
+        """Return the numbers of rows_R. numbers: one for each row of the caches, or () for none.
 
-        A step must not read them from a GPU, so they are no tensor.
+        They are a tuple, because a step must not read them from a GPU.
         """
         if not numbers:
             return ()

@@ -221,7 +221,7 @@ class T5(nn.Module):
         """Append tokens (B, L) to the target, and return the logits (B, L, V) after each token.
 
         This advances `state`. Raise ValueError if there are no tokens, too many, or tokens for
-        another number of rows, or if the last step of `state` has raised an error.
+        another number of rows, or if the last step of `state` failed halfway.
         """
         logits_BLV = self.logits(self.run_blocks(tokens, state))
         state.end_step()

@@ -341,6 +341,11 @@ def find_answer(places: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
                 return place
     for word in ANSWER_WORDS:
         for place, name in names.items():
+            if word in name and not is_record(place):
+                return place
+    # A label_id is the answer if nothing else is.
+    for word in ANSWER_WORDS:
+        for place, name in names.items():
             if word in name:
                 return place
     return None

@@ -239,8 +239,7 @@ def check_counting(found: Sequence[int], field: str, n_words: int):
     shown = list_names(map(str, found), N_SHOWN)
     raise ValueError(
         f"--labels has {n_words} words, but {field!r} has the labels {shown}, so its first word "
-        f"may stand for 0 or for {found[0]}: give 'labels' in a task file, with the integer of "
-        "each word"
+        "may stand for 0 or for 1: give 'labels' in a task file, with the integer of each word"
     )
 
 

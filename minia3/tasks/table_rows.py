@@ -26,7 +26,7 @@ def read_table_rows(
 
     Texts, numbers, booleans, lists and structures keep their types. Dates, times and decimals
     become texts, and so do bytes that are UTF-8. Other bytes (a picture) are left out. A column of
-    float32 has the numbers as people write them: 3.8, and not 3.799999952316284. Where Arrow's
+    float32 has the numbers as people write them: 3.8, and not 3.799999952316284. If Arrow's
     type says that a text is JSON, the row has the value that it spells; if it spells none, an error
     takes the place of the row.
 

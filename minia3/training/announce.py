@@ -43,7 +43,7 @@ def announce_finished(run, config):
     """Print that there is nothing left to do, and how to train longer."""
     text = f"{run.folder} is finished: the final lines of its metrics.jsonl are the results"
     if run.failure is not None:
-        text += f" ({describe_failed(run.folder)})"
+        text += f" ({describe_failed(run)})"
     # Version 0.1.0 kept no state, and users may remove checkpoint.pt.
     if config.is_training and run.saved.group is not None:
         longer = {"steps": 2 * config.steps}
@@ -51,13 +51,13 @@ def announce_finished(run, config):
     print(text)
 
 
-def describe_failed(folder):
+def describe_failed(run):
     """Return which adapters of a finished run have no results, and why."""
-    with reading(folder):
-        lines = read_metrics(folder / "metrics.jsonl")
+    with reading(run.folder):
+        lines = read_metrics(run.folder / "metrics.jsonl")
     reasons = [line["reason"] for line in lines if line["event"] == "failed"]
-    if len(reasons) == 1:
-        return f"an adapter that failed has none: {reasons[0]}"
+    if len(reasons) < 2:  # none if metrics.jsonl was removed
+        return f"an adapter that failed has none: {run.failure}"
     return f"{len(reasons)} adapters that failed have none: {'; '.join(reasons):.600}"
 
 

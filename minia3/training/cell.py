@@ -59,6 +59,7 @@ class Cell:
         self.row = 0  # of the tables of vectors
         self.parameters = {}  # name to what this cell trains: for (IA)^3, its row of the table
         self.batches = []  # the examples of each step
+        self.is_checked = False  # whether all of its rows can be trained on and evaluated
 
     @property
     def title(self):

@@ -53,10 +53,9 @@ def template_of_run(config, cells):
     return next(iter(stated), None)
 
 
-def tokenizer_of_run(config, cells):
-    """Return the tokenizer of --model with `template_of_run`."""
-    tokenizer = load_tokenizer(config.model)
-    template = template_of_run(config, cells)
+def tokenizer_with(model_name, template):
+    """Return the tokenizer of a model, with a template from `template_of_run`."""
+    tokenizer = load_tokenizer(model_name)
     if template is not None:
         tokenizer.chat_template = template
     return tokenizer
@@ -73,6 +72,7 @@ class Group:
         forget_peak_memory(device)
         with first_goes_first():
             download(config, run)
+            self.chat_template = template_of_run(config, cells)  # which may download --adapter
         shards = choose_shards(config, device, dtype)
         with showing("loading"):
             self.model = load_model(
@@ -84,8 +84,7 @@ class Group:
                 check_finite=config.check_weights,
                 shards=shards,
             )
-        self.tokenizer = tokenizer_of_run(config, cells)
-        self.chat_template = template_of_run(config, cells)
+        self.tokenizer = tokenizer_with(config.model, self.chat_template)
         self.n_base = count_base(self.model.config)  # parameters without the vectors
 
         with warnings.catch_warnings(record=True) as caught:
@@ -125,16 +124,24 @@ class Group:
         """Draw the examples of all steps, and choose how many of them a forward pass reads.
 
         cells: those of this group and of all that follow, so that a row is refused before anything
-        trains. Raise ValueError if a row cannot be trained on, or cannot be evaluated later.
+        trains. The examples of later cells are drawn again by their group, because all together
+        they could fill the memory. Raise ValueError if a row cannot be trained on, or cannot be
+        evaluated later.
         """
         for cell in cells:
-            if cell.batches:  # an earlier group has drawn them
+            is_here = cell in self.cells
+            if cell.is_checked and not is_here:  # by an earlier group
                 continue
             tokenizer = self.tokenizer
-            if cell not in self.cells:
-                tokenizer = tokenizer_of_run(self.config, [cell])
-            cell.batches = draw_batches(cell, tokenizer, self.model)
-            self.check_rows(cell, tokenizer)
+            if not is_here:
+                template = template_of_run(self.config, [cell])
+                tokenizer = tokenizer_with(self.config.model, template)
+            batches = draw_batches(cell, tokenizer, self.model)
+            if is_here:
+                cell.batches = batches
+            if not cell.is_checked:
+                self.check_rows(cell, tokenizer)
+                cell.is_checked = True
         print_notes(self.cells)
         self.micro_batch_size = choose_micro_batch_size(self)
 

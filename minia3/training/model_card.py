@@ -247,7 +247,8 @@ def scaled_layers(config, architecture):
     if config.layers == "0-":
         return "each layer"
     place = ", of the encoder and of the decoder" if architecture == "T5" else ""
-    return f"the layers {config.layers} (counted from 0{place})"
+    noun = "layer" if config.layers.isdecimal() else "the layers"
+    return f"{noun} {config.layers} (counted from 0{place})"
 
 
 def hub_data_sets(config):

@@ -2,7 +2,7 @@
 
 Every process has the whole model, all cells, and the same batches. In a step it reads every n-th
 example, divides by the counts of the whole batch, and so has a part of the gradient. The parts are
-added up in a flat tensor (in several, one after the other, if all parameters train), after the
+added up in a flat tensor (in several, one after the other, if they are many), after the
 processes have told each other whether to stop. From there on, all of them do the same: clip,
 update, stop. Only the first one writes.
 

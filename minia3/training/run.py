@@ -216,9 +216,8 @@ class Run:
         A service may not answer, and then a signal stops the run within this call. So call it only
         when the state of the group can be saved. The line is not tried again.
         """
-        lines = self.unsent
-        self.unsent = []
-        for line in lines:
+        while self.unsent:
+            line = self.unsent.pop(0)
             self.trackers = hand_over(line, self.trackers)
 
     @contextmanager
@@ -396,6 +395,7 @@ class Run:
     def discard_if_new(self):
         """Remove what a new run has written, if it has no results yet, because it has failed."""
         if self.written_folder and self.is_new and self.has_folder():
+            self.send_lines()
             close_trackers(self.trackers, "failed")  # because they write into the folder
             self.trackers = []
             discard_run(self.written_folder)

@@ -338,7 +338,7 @@ class Kernels(PatchedMode):
 
     def replaced_functions(self):
         """Return functions that are recorded as a whole: (owner, name, function)."""
-        weight_first = (linear, "linear_with_weight_first", self.multiply_with_weight_first)
+        weight_first = (linear, "linear_with_weight_first", self.record_weight_first)
         if not self.are_all:
             return (weight_first,)
         norm = recompute._RMSNorm
@@ -363,7 +363,7 @@ class Kernels(PatchedMode):
             (norm, "backward", staticmethod(recorded_backward)),
         )
 
-    def multiply_with_weight_first(self, x, weight):
+    def record_weight_first(self, x, weight):
         self.record_product(multiply_with_weight_first, x.flatten(0, -2), weight.T)
         self.is_with_weight_first = True
         out = multiply_with_weight_first(x, weight.T)

@@ -30,7 +30,7 @@ from tests.benchmarks.training import LENGTHS, loss_of, training_step
 
 # Group: beginnings of the names of its operators, without "aten::". The first that fits counts.
 GROUPS = {
-    "matrix products": ("mm", "mv", "addmm", "mkldnn", "matmul", "linear"),
+    "matrix products": ("mm", "mv", "addmm", "addmv", "mkldnn", "matmul", "linear"),
     "attention": ("_scaled_dot_product", "scaled_dot_product", "bmm", "baddbmm", "_softmax"),
     "loss": ("_log_softmax", "log_softmax", "logsumexp", "nll_loss", "cross_entropy"),
     "norms": ("_fused_rms_norm", "rms_norm", "rsqrt", "mean", "pow", "square"),

@@ -710,6 +710,7 @@ OTHER_PLACE = "put the system message into the question, or give a template with
         # There is one answer, at the end, already.
         (MISTRAL_V3, chat("q", "a", system="S"), "'S", "'q[/INST]", OTHER_PLACE),
         (FORGETFUL, chat("q", "a", "r", "b"), "'q", "'r", "give conversations with one answer at"),
+        (MISTRAL_V3, chat("q", "a", system=""), "'", "'", "give a template whose prompt"),
     ],
 )
 def test_a_template_that_moves_or_drops_what_was_said_before_is_refused(

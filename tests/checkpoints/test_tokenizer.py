@@ -88,14 +88,14 @@ LLAMA_IDS = (1, 2, 2)
             {"special_tokens_map": {"pad_token": {"content": "<unk>", "lstrip": False}}},
             (1, 2, 0),
         ),
-        # An empty text is like a null: it wins over an id for bos, and names nothing for eos
+        # An empty text wins over an id
         (
             "llama",
             {
                 "config": {"bos_token_id": 0, "eos_token_id": 5},
                 "tokenizer_config": {"bos_token": "", "eos_token": {"content": ""}},
             },
-            (1, 5, 5),
+            (1, 2, 2),
         ),
         (
             "llama",

@@ -469,6 +469,16 @@ def test_folders_of_runs_beside_runs_are_reported(tmp_path):
     assert "first" not in read_results([runs])[1]
 
 
+def test_both_reasons_for_having_no_result_are_named(tmp_path):
+    runs = tmp_path / "runs"
+    make_run(runs / "study" / "run", seed=1)
+    make_run(runs / "first")
+    (runs / "first" / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="no run has a result: 1 left out") as error:
+        read_results([runs])
+    assert str(error.value).endswith(f"not read: {runs / 'study'}")
+
+
 def test_a_folder_of_nothing_but_other_folders_has_no_result(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "t5"}')

@@ -115,7 +115,7 @@ def test_a_tokenizer_that_is_refused_is_found_before_weights_are_read(
     if command == "merge":
         words.insert(1, tmp_path / "lora")
     error = failure(capsys, command, *words)
-    assert "tiktoken format, which is not supported: put the model's tokenizer.json into" in error
+    assert "tiktoken format, which is not supported: put the model's tokenizer.json and" in error
     (tmp_path / "base" / "tokenizer.model").unlink()
     with pytest.raises(AssertionError, match="read first"):
         main([command, *map(str, words)])

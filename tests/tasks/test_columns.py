@@ -1109,6 +1109,10 @@ def test_columns_that_say_too_little_are_answered_with_what_would_do(row, words,
         # A number of stars, beside a text that is longer, and a query.
         ({"user": "a long name", "text": "so bad", "rating": 5}, "{text}", "{rating}"),
         ({"text": "stop it", "intent": "stop", "user": "a name"}, "{text}", "{intent}"),
+        # A name may have a word of answers and still be that of a time or an id.
+        ({"text": "a", "response_time": 12, "sentiment": "b"}, "{text}", "{sentiment}"),
+        ({"title": "a", "accepted_answer_id": 5, "answer_text": "b"}, "{title}", "{answer_text}"),
+        ({"text": "a", "label_id": 3, "user": "b"}, "{text}", "{label_id}"),
         # The usual input is found first, also if it is shorter.
         ({"text": "dog", "hound": "a long text", "id": 7}, "{text}", "{hound}"),
         ({"review": "a b", "uuid": "1b4e28ba-2fa1", "fit": "x"}, "{review}", "{fit}"),

@@ -105,7 +105,7 @@ def test_words_that_could_count_from_0_or_from_1_are_refused():
     )
     with pytest.raises(ValueError, match=words):
         name_labels([4, 1, 2, 3], "label", FIVE)
-    with pytest.raises(ValueError, match="may stand for 0 or for 2: give"):
+    with pytest.raises(ValueError, match="may stand for 0 or for 1: give"):
         name_labels([2, 3], "label", FIVE)
     # If a 0 is there, or if the data set says what the integers stand for, nothing is unclear.
     assert name_labels([0, 1, 3], "label", FIVE).spelled == tuple("01234")

@@ -40,6 +40,7 @@ from minia3.cli.table import table_rows
 from minia3.tasks.examples import Example
 from minia3.tasks.splits import load_task
 from minia3.training.batch import MixedBatch
+from minia3.training.drawing import draw_batches
 from minia3.training.group import Group
 from minia3.training.optimizer import Adafactor
 from tests.benchmarks.adapters import step_of_adapters
@@ -527,6 +528,9 @@ def test_failed_adapters_of_a_finished_run_are_named_and_so_are_their_tasks(tmp_
     assert running.resume(out) == 0
     reasons = "; ".join(line["reason"] for line in failed)
     assert f"(2 adapters that failed have none: {reasons})" in capsys.readouterr().out
+    (out / "metrics.jsonl").unlink()  # checkpoint.pt has the last of the reasons, too
+    assert running.resume(out) == 0
+    assert "(an adapter that failed has none: " in capsys.readouterr().out
 
 
 def test_a_cell_that_fails_alone_leaves_the_cells_after_it_to_train(tmp_path, capsys):
@@ -598,6 +602,28 @@ def test_a_grid_of_lora_can_be_evaluated_without_a_folder(tmp_path, monkeypatch,
     assert run(words(None, "--eval-only", **flags)) == 0
     assert "2 results" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+def test_the_examples_of_a_cell_are_kept_only_while_it_trains(tmp_path, monkeypatch):
+    """A grid of LoRAs kept those of all cells from the start, and they could fill the memory."""
+    cells = []
+    with_batches = []
+
+    def draw(cell, *arguments):
+        if cell not in cells:
+            cells.append(cell)
+        return draw_batches(cell, *arguments)
+
+    def train(*arguments):
+        with_batches.append([len(cell.batches) > 0 for cell in cells])
+        return train_as_usual(*arguments)
+
+    train_as_usual = running.train.train
+    monkeypatch.setattr("minia3.training.group.draw_batches", draw)
+    monkeypatch.setattr(running.train, "train", train)
+    assert run(words(tmp_path / "run", method="lora", seed="0,1", steps=2)) == 0
+    assert with_batches[0] == [True, False]
+    assert len(with_batches) == 2
 
 
 @pytest.mark.parametrize("switches", [(), ("--recompute",)])

@@ -164,7 +164,7 @@ def test_a_card_says_which_vectors_train():
     layers = "the layers 0-1,3- (counted from 0, of the encoder and of the decoder)"
     assert f"\nthe keys and the queries, but not in cross-attention, in {layers} of tiny-t5" in text
     text = make_card(train.Config(sites="ff", layers="2"), {"architecture": "Llama"})
-    assert f"\n{usual.partition(' and ')[2]}, in the layers 2 (counted from 0) of" in text
+    assert f"\n{usual.partition(' and ')[2]}, in layer 2 (counted from 0) of" in text
 
 
 def test_the_command_that_trains_a_lora_further_trains_it(tmp_path, monkeypatch):

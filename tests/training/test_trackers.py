@@ -332,6 +332,7 @@ class Hanging:
     def write(self, line):
         self.lines.append((line["event"], line["step"]))
         if (line["event"], line["step"]) == self.silent_at:
+            self.silent_at = None  # another line of the same step is answered
             kill_self(signal.SIGTERM)
         self.answered.append((line["event"], line["step"]))
 
@@ -354,9 +355,20 @@ def test_a_tracker_that_does_not_answer_holds_no_signal_back(event, tmp_path, mo
     assert tracker.answered == tracker.lines[:-1]
     assert tracker.endings == ["stopped"]
     assert load_checkpoint(out).n_steps == 10
-    tracker.silent_at = None
     assert resume(out) == 0
     assert running.outcome(out) == running.outcome(tmp_path / "whole")
+
+
+def test_lines_after_one_without_an_answer_are_handed_over(tmp_path, monkeypatch):
+    tracker = Hanging(None, None)
+    tracker.silent_at = ("eval", 10)
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", lambda config, folder: tracker)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    flags = {"steps": 12, "eval_every": 10, "seed": "0,1", "log_to": "wandb"}
+    assert run(words(tmp_path / "run", **flags)) == 128 + signal.SIGTERM
+    written = [(line["event"], line["step"]) for line in metrics(tmp_path / "run")]
+    assert written.count(("eval", 10)) == 2
+    assert tracker.lines == written
 
 
 def test_a_tracker_has_the_lines_of_the_step_in_which_a_run_is_stopped(tmp_path, monkeypatch):
