@@ -30,7 +30,7 @@ from minia3.inference import decoding
 from minia3.inference.decoding import decode_tokens
 from minia3.inference.evaluation import evaluate
 from minia3.inference.metrics import INVERSE_PERPLEXITY
-from minia3.model import packing, target_logprobs
+from minia3.model import attend, packing, target_logprobs
 from minia3.model.llama import rotation_frequencies
 from minia3.model.more_vectors import choose_vectors
 from minia3.model.quantized import NF4_BLOCK, NF4Linear
@@ -361,7 +361,8 @@ def watch(peer, loaded, tmp_path_factory):
     if has_bitsandbytes():
         importlib.import_module("bitsandbytes")
     short_rows_too = mock.patch.object(packing, "LEAST_COLUMNS", 1)  # for `attend_within_rows`
-    with watched(PACKAGE) as watch, short_rows_too:
+    without_tiles = mock.patch.object(attend, "HAS_TILES", False)  # for `attend_with_one_query`
+    with watched(PACKAGE) as watch, short_rows_too, without_tiles:
         for name in WHOLE:
             tokenizer = word_tokenizer(ends=name.startswith("t5"))
             run(loaded(name, n_adapters=3), tokenizer, tmp_path_factory.mktemp(name))
