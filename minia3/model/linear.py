@@ -2,10 +2,10 @@
 
     x W^T = (W x^T)^T
 
-Both sides take the same operations. But to multiply a few rows, a processor mainly reads the weight
-from memory, and oneDNN, which computes PyTorch's products of bfloat16, reads it faster if it is the
-first factor. On a processor with tiles for bfloat16 (AMX), one core reads it at 10 to 15 GB/s
-instead of 7 to 11. (Other processors were not measured.)
+Both sides take the same operations. But the product of a few rows takes about as long as reading
+the weight from memory. oneDNN, which computes PyTorch's products of bfloat16, reads the weight
+faster if it is the first factor: on a processor with tiles for bfloat16 (AMX), one core reads 10 to
+15 GB/s instead of 7 to 11. (Other processors were not measured.)
 """
 
 import torch

@@ -9,7 +9,7 @@ TORCH = (int(MAJOR), int(MINOR))
 def has_tiles():
     """Return whether the CPU multiplies tiles of bfloat16 (AMX), and this PyTorch uses them.
 
-    The ways to go were compared with PyTorch 2.13. Older releases may not know the answer.
+    What follows from it was measured with PyTorch 2.13. Older releases may not know the answer.
     """
     if TORCH < (2, 13):
         return False

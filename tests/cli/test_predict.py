@@ -192,13 +192,19 @@ def test_the_test_rows_of_a_run_are_answered_although_some_lack_a_column(tmp_pat
     assert "did you mean 'contxt'?" in error
 
 
-def test_an_adapter_of_a_known_task_labels_its_rows_without_the_task(tmp_path, capsys):
-    folder = tmp_path / "data" / "rte"
+def write_rte(data_dir):
+    """Write RTE with a row of each label, and return the row without it."""
+    folder = data_dir / "rte"
     folder.mkdir(parents=True)
     row = {"premise": "w5", "hypothesis": "w6"}
     lines = [json.dumps({**row, "label": label}) for label in ("entailment", "not_entailment")]
     for name in ("train", "val"):
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return row
+
+
+def test_an_adapter_of_a_known_task_labels_its_rows_without_the_task(tmp_path, capsys):
+    row = write_rte(tmp_path / "data")
     out = tmp_path / "run"
     assert run(words(out, model="tiny-t5", task="rte", data_dir=tmp_path / "data", steps=2)) == 0
     new = tmp_path / "new.jsonl"
@@ -214,12 +220,7 @@ def test_an_adapter_of_a_known_task_labels_its_rows_without_the_task(tmp_path, c
 
 def test_the_adapters_of_a_folder_get_the_prompt_of_this_number(tmp_path, capsys):
     """It was refused: rows that name no adapter have a single prompt."""
-    folder = tmp_path / "data" / "rte"
-    folder.mkdir(parents=True)
-    row = {"premise": "w5", "hypothesis": "w6"}
-    lines = [json.dumps({**row, "label": label}) for label in ("entailment", "not_entailment")]
-    for name in ("train", "val"):
-        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    row = write_rte(tmp_path / "data")
     out = tmp_path / "run"
     flags = {"model": "tiny-t5", "task": "rte", "data_dir": tmp_path / "data", "seed": "0,1"}
     assert run(words(out, steps=2, **flags)) == 0

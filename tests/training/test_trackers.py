@@ -359,16 +359,24 @@ def test_a_tracker_that_does_not_answer_holds_no_signal_back(event, tmp_path, mo
     assert running.outcome(out) == running.outcome(tmp_path / "whole")
 
 
-def test_lines_after_one_without_an_answer_are_handed_over(tmp_path, monkeypatch):
-    tracker = Hanging(None, None)
+def test_lines_after_one_without_an_answer_are_handed_over_in_order(tmp_path, monkeypatch):
+    adapters = []
+
+    class Noting(Hanging):
+        def write(self, line):
+            adapters.append(line.get("adapter"))
+            super().write(line)
+
+    tracker = Noting(None, None)
     tracker.silent_at = ("eval", 10)
     monkeypatch.setitem(trackers.TRACKERS, "wandb", lambda config, folder: tracker)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     flags = {"steps": 12, "eval_every": 10, "seed": "0,1", "log_to": "wandb"}
     assert run(words(tmp_path / "run", **flags)) == 128 + signal.SIGTERM
-    written = [(line["event"], line["step"]) for line in metrics(tmp_path / "run")]
-    assert written.count(("eval", 10)) == 2
-    assert tracker.lines == written
+    written = metrics(tmp_path / "run")
+    assert [(line["event"], line["step"]) for line in written].count(("eval", 10)) == 2
+    assert adapters == [line.get("adapter") for line in written]
+    assert tracker.lines == [(line["event"], line["step"]) for line in written]
 
 
 def test_a_tracker_has_the_lines_of_the_step_in_which_a_run_is_stopped(tmp_path, monkeypatch):
