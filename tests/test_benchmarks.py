@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+import weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -443,6 +444,20 @@ def test_the_least_memory_of_a_step_is_torch_the_weights_and_what_is_kept(tmp_pa
     monkeypatch.setattr(training, "kept_for_backward", lambda forward, model: 20)
     n_weights = sum(parameter.nbytes for parameter in pair.ours().parameters())
     assert training.least_bytes(pair) == 1020 + n_weights
+
+
+def test_what_was_counted_is_freed():
+    results = []
+
+    def forward():
+        # exp keeps its own result.
+        result = torch.ones(8, requires_grad=True).exp()
+        results.append(weakref.ref(result.untyped_storage()))
+        return result
+
+    assert measure.kept_for_backward(forward, torch.nn.Module()) == 8 * 4
+    gc.collect()
+    assert results[0]() is None
 
 
 def test_what_is_kept_for_backward_counts_once_and_without_the_parameters():

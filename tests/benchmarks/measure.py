@@ -513,7 +513,8 @@ def kept_for_backward(forward, model):
         storage = x.untyped_storage()
         if storage.data_ptr() not in parameters:
             kept[storage.data_ptr()] = storage  # which stays alive, so its address stays its own
-        return x
+        # Not x: an operation would hold its own result, and neither would ever be freed.
+        return x.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         forward()
