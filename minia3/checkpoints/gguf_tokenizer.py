@@ -57,14 +57,17 @@ class WordRule(NamedTuple):
 
 
 LLAMA3 = WordRule(LLAMA3_WORDS, has_gpt2_words=False, has_whole_words=True, has_bos=True)
+# llama.cpp leaves out NFC, but the models were trained with it.
+QWEN2 = WordRule(QWEN2_WORDS, has_gpt2_words=False, is_composed=True)
 
 # tokenizer.ggml.pre -> rule
 WORD_RULES = {
     "gpt-2": WordRule(),
     # Each digit is a word.
     "smollm": WordRule(r"\p{N}"),
-    # Qwen2, Qwen2.5 and Qwen3. llama.cpp leaves out NFC, but the models were trained with it.
-    "qwen2": WordRule(QWEN2_WORDS, has_gpt2_words=False, is_composed=True),
+    # Qwen2, Qwen2.5, Qwen3, and the R1-Distill models that DeepSeek made of them
+    "qwen2": QWEN2,
+    "deepseek-r1-qwen": QWEN2,
     # Llama 3, under three names
     "llama-bpe": LLAMA3,
     "llama-v3": LLAMA3,

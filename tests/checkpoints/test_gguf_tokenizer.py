@@ -137,10 +137,13 @@ def test_a_target_continues_the_prompt_also_if_texts_end_in_eos(has_bos):
         assert ended.encode_target("hats", end) == expected
 
 
-@pytest.mark.parametrize("name", ["llama3", "llama-v3"])
-def test_llama_3_has_three_names(name):
+@pytest.mark.parametrize(
+    ("name", "first_name"),
+    [("llama3", "llama-bpe"), ("llama-v3", "llama-bpe"), ("deepseek-r1-qwen", "qwen2")],
+)
+def test_a_rule_may_have_several_names(name, first_name):
     _, metadata = byte_level()
-    first = Tokenizer.from_gguf(metadata | {"tokenizer.ggml.pre": "llama-bpe"})
+    first = Tokenizer.from_gguf(metadata | {"tokenizer.ggml.pre": first_name})
     other = Tokenizer.from_gguf(metadata | {"tokenizer.ggml.pre": name})
     assert first.backend.to_str() == other.backend.to_str()
 
