@@ -87,6 +87,8 @@ OPTIONS = {
     | {"user_defined_symbols": "<sep>,<cls>", "control_symbols": "<ctl>"}
     | {"add_dummy_prefix": False},  # with a prefix, it is refused
 }
+# What Google's code appends to the pieces of an mT5: user-defined pieces (4), each with its space
+MT5_SENTINELS = [("▁<extra_id_1>", 0.0, 4), ("▁<extra_id_0>", 0.0, 4)]
 
 
 def file_name(name):
@@ -106,7 +108,10 @@ def trained(name):
         num_threads=1,
         **OPTIONS[name],
     )
-    return file.getvalue()
+    content = file.getvalue()
+    if name == "mt5":
+        content += sentencepiece_file(MT5_SENTINELS, model_type=1)
+    return content
 
 
 @functools.cache

@@ -12,7 +12,7 @@ sentencepiece file has only pieces with scores: see `bpe_merges`.
 
 The input is a sentencepiece file (spiece.model of T5, tokenizer.model of LLaMA-2) or the same lists
 from a GGUF file. A sentencepiece file is refused if it asks for anything that would give other ids.
-A GGUF file says less about its tokenizer, and gguf_tokenizer.py checks what it does say. Three
+A GGUF file says less about its tokenizer, and gguf_tokenizer.py checks what it does say. Four
 differences are known, and Hugging Face's tokenizers have them, too:
 
 - T5's normalization composes a letter and one mark ("e" + U+0301), as sentencepiece's does, but
@@ -23,6 +23,8 @@ differences are known, and Hugging Face's tokenizers have them, too:
 - A text that spells a control token, such as "</s>", gets the id of that token. If normalization
   makes the spelling, it does so in a Unigram model only.
 - A text that spells a byte, such as "<0x0A>", gets the id of that byte in a Unigram model.
+- A text that spells the mark before a sentinel of mT5, "▁<extra_id_0>", has only this one mark
+  there. sentencepiece puts another one before it, for the start of the text or for a space.
 """
 
 import math
@@ -228,8 +230,12 @@ def check_user_defined(pieces, model_type, normalizer_spec, backend):
     """Raise ValueError if user-defined pieces would not be found as sentencepiece finds them."""
     texts = [piece.text for piece in pieces if piece.kind == USER_DEFINED]
     for text in texts:
-        normal = backend.normalizer.normalize_str(text)
-        if normal != text or (model_type == BPE and SPACE in text):
+        core = text
+        if model_type == UNIGRAM and text != SPACE:
+            # The mark of mT5's "▁<extra_id_0>" stands for the space before it in a text.
+            core = text.removeprefix(SPACE)
+        normal = backend.normalizer.normalize_str(core)
+        if normal != core or (model_type == BPE and SPACE in text):
             problem = "has spaces, or changes with normalization: not supported"
             raise ValueError(f"the user-defined piece {text!r:.40} {problem}")
     edges = normalizer_spec.add_dummy_prefix or normalizer_spec.remove_extra_whitespaces

@@ -275,6 +275,23 @@ def test_a_user_defined_piece_of_a_unigram_model_is_found_as_in_sentencepiece(tm
         assert ours.encode(text) == [1, *processor.encode(text)]
 
 
+def test_the_sentinels_of_mt5_are_pieces_that_begin_with_a_space(tmp_path):
+    """They are in the file, and without a space before it, a sentinel is only letters."""
+    folder = write(tmp_path, "mt5", tokenizer_config={"extra_ids": 0})
+    tokenizer = Tokenizer.from_folder(folder)
+    sentinel = peer("mt5").piece_to_id("▁<extra_id_0>")
+    with_sentinel = [
+        *("<extra_id_0>", "the <extra_id_0> hats", "a  <extra_id_0>b", "\t<extra_id_0> "),
+        *("中 <extra_id_0> ﬁ", "<extra_id_0> a <extra_id_0>", "a <extra_id_1> <extra_id_0>"),
+    ]
+    without = ["a<extra_id_0>", "the <extra_id_2>", "<extra_id_1><extra_id_0>", "<extra_id_1>"]
+    for text in with_sentinel + without:
+        ids = tokenizer.encode(text)
+        assert ids == [*peer("mt5").encode(text), tokenizer.eos_id]
+        assert (sentinel in ids) == (text in with_sentinel)
+        assert tokenizer.decode(ids) == peer("mt5").decode(ids)
+
+
 def test_the_tiktoken_file_of_llama_3_is_refused_and_the_error_says_what_to_use(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\nIw== 2\n")
     check_refused(tmp_path, "tiktoken", "tokenizer.json")
