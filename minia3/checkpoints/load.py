@@ -91,8 +91,7 @@ def load_model(
         return model.eval()
     for name, (stored_name, entry) in progress(stored.items(), total=len(stored)):
         origin = f"{name_or_path}: {stored_name}"
-        is_packed = isinstance(entry, PackedEntry) and is_quantizable(model, name)
-        if is_packed and quantize != "int8":
+        if is_packed(model, name, entry) and quantize != "int8":
             parts = [part.to(device) for part in read_codes(entry, origin, check_finite)]
             place_linear(model, name, NF4Linear(*parts))
             continue
@@ -128,6 +127,20 @@ def open_checkpoint(name_or_path, dtype=None, n_adapters=1):
     model.generation_defaults = read_defaults(path)
     stored = match_tensors(model, entries, path)
     return model, stored, dtype or stored_dtype(stored, is_t5)
+
+
+def is_stored_in_nf4(name_or_path):
+    """Return whether linears of a checkpoint's blocks are in nf4. No weight is read.
+
+    Raise the errors of `load_model`.
+    """
+    model, stored, _ = open_checkpoint(name_or_path)
+    return any(is_packed(model, name, entry) for name, (_, entry) in stored.items())
+
+
+def is_packed(model, name, entry):
+    """Return whether a weight of a block is stored in nf4, and so can stay in it."""
+    return isinstance(entry, PackedEntry) and is_quantizable(model, name)
 
 
 def build_model(config, n_adapters=1):

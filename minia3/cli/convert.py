@@ -100,19 +100,19 @@ def check_base(adapter, base):
 
 def convert_model(args):
     from minia3.checkpoints.hub import find
+    from minia3.checkpoints.load import is_stored_in_nf4
     from minia3.checkpoints.save import save_model
     from minia3.checkpoints.tokenizer import find_tokenizer
     from minia3.files.progress import showing
-    from minia3.model.quantized import quantized_linears
     from minia3.tasks.task_file import copy_task_file
 
     path = find(args.model, weights=False)
     # None if there is none. It comes before the weights, because it may be refused, which is quick.
     tokenizer = find_tokenizer(path)
-    model = load_model(args)
-    if quantized_linears(model):
+    if is_stored_in_nf4(args.model):
         remedy = "`minia3 merge --dequantize` writes such weights, with an adapter folded in"
         raise ValueError(f"{args.model} is stored in nf4, and has no plain weights: {remedy}")
+    model = load_model(args)
     with showing("writing"), writing_new_folder(args.out) as folder:
         save_model(model, folder, tokenizer)
         if path.is_dir():  # what lies beside a .gguf file is not of the model

@@ -132,8 +132,12 @@ def test_merging_from_file_to_file_writes_plain_weights(tmp_path):
     assert off(logits(merged, SOURCE, MASK, TARGET), expected) < 1e-5
 
 
-def test_the_command_that_converts_names_the_one_that_writes_plain_weights(tmp_path, capsys):
+def test_the_command_that_converts_names_the_one_that_writes_plain_weights(
+    tmp_path, capsys, monkeypatch
+):
+    """It reads no weight before."""
     write_quantized("llama-gqa", tmp_path / "base", double_quant=False)
+    monkeypatch.delattr("minia3.checkpoints.load.load_model")
     assert main(["convert", str(tmp_path / "base"), str(tmp_path / "converted")]) == 2
     message = "base is stored in nf4, and has no plain weights: `minia3 merge --dequantize` writes"
     assert message in capsys.readouterr().err
