@@ -69,7 +69,11 @@ def add_lora(model, rank=8, alpha=16, where=("q", "v"), seed=0):
     Raise ValueError if the model has LoRA already, or none of these linears.
     """
     if quantized_linears(model):
-        advice = "load it without quantize, or call minia3.model.quantized.dequantize first"
+        advice = (
+            "load it without quantize; if its files are in nf4, give the model that they were made "
+            "from, fold the LoRA into them with `minia3 merge`, or call "
+            "minia3.model.quantized.dequantize first"
+        )
         raise ValueError(f"a LoRA needs plain weights, and this base is quantized: {advice}")
     if is_sharded(model):
         raise ValueError("a LoRA needs a whole base, and this one is divided (--shard, --offload)")

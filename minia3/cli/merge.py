@@ -33,7 +33,8 @@ def add_arguments(parser):
     )
     add_dtype(
         parser,
-        "dtype of the base when the adapter was trained (default: that of the stored weights)",
+        "dtype of the base when the adapter was trained, and of what is written without "
+        "--dequantize (default: that of the stored weights)",
     )
 
 
@@ -57,21 +58,27 @@ def run(args):
 
 
 def merge_lora(args, folder, change):
-    """Write a model with a LoRA folded in. change: see `merge_files`."""
+    """Write a model with a LoRA folded in. change: see `merge_files`.
+
+    The LoRA of a quantized base is added to the weights that the base stands for.
+    """
     from minia3.adapters.lora import load_lora
     from minia3.adapters.merge import merge
     from minia3.checkpoints.hub import find
     from minia3.checkpoints.load import load_model
     from minia3.checkpoints.save import save_model
     from minia3.checkpoints.tokenizer import find_tokenizer
+    from minia3.model.quantized import dequantize
 
-    if args.dequantize:
-        raise ValueError(f"merge --dequantize: {args.adapter} is a LoRA, expected (IA)^3")
     # The tokenizer may be refused, and that is quick.
     tokenizer = find_tokenizer(find(args.model, weights=False))
-    model = load_model(args.model, dtype=read_dtype(args))
+    check_dequantize(args)
+    model = load_model(args.model, dtype=read_dtype(args), quantize=args.quantize)
+    dequantize(model, model.embed.weight.dtype)
     load_lora(model, args.adapter)
     merged = merge(model)
+    if args.dequantize:
+        merged.bfloat16()
     change(merged, tokenizer)
     save_model(merged, folder, tokenizer)
 
@@ -82,8 +89,7 @@ def merge_vectors(args, folder, change):
 
     from minia3.adapters.merge import merge_files
 
-    if args.dequantize and args.quantize is None:
-        check_quantized(args.model)
+    check_dequantize(args)
     out_dtype = torch.bfloat16 if args.dequantize else None
     merge_files(
         args.model,
@@ -96,12 +102,12 @@ def merge_vectors(args, folder, change):
     )
 
 
-def check_quantized(name_or_path):
-    """Raise ValueError if a base has no weights in nf4: --dequantize alone would only round it."""
-    from minia3.checkpoints.load import open_checkpoint
-    from minia3.checkpoints.nf4_files import PackedEntry
+def check_dequantize(args):
+    """Raise ValueError if --dequantize would only round the base, because nothing is quantized."""
+    from minia3.checkpoints.load import is_stored_in_nf4
 
-    _, stored, _ = open_checkpoint(name_or_path)
-    if not any(isinstance(entry, PackedEntry) for _, entry in stored.values()):
-        found = f"merge --dequantize: {name_or_path} is not stored in nf4"
+    if not args.dequantize or args.quantize:
+        return
+    if not is_stored_in_nf4(args.model):
+        found = f"merge --dequantize: {args.model} is not stored in nf4"
         raise ValueError(f"{found}: add the --quantize of the run, or leave --dequantize out")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import minia3
-from minia3.adapters.lora import add_lora
+from minia3.adapters.lora import add_lora, save_lora
 from minia3.cli.main import main
 from minia3.model.linear import Linear
 from minia3.model.more_vectors import add_vectors, possible_vectors
@@ -156,6 +156,38 @@ def test_a_lora_needs_plain_weights_and_the_message_says_how_to_get_them(tmp_pat
     assert off(applied, expected) > 0.01
     minia3.save_model(minia3.merge(model), tmp_path / "merged")
     assert off(logits(minia3.load_model(tmp_path / "merged"), SOURCE, MASK, TARGET), applied) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("quantize", "flags"),
+    [
+        (None, []),
+        (None, ["--dequantize"]),
+        ("int8", ["--dequantize", "--quantize", "int8"]),
+        ("nf4", ["--dequantize", "--quantize", "nf4"]),
+    ],
+)
+def test_a_lora_folds_into_the_weights_that_a_quantized_base_stands_for(tmp_path, quantize, flags):
+    """Without --quantize, the base is stored in nf4; with it, as plain weights."""
+    folders = [str(tmp_path / name) for name in ("base", "lora", "merged")]
+    if quantize is None:
+        write_quantized("llama-gqa", tmp_path / "base", double_quant=True)
+    else:
+        make("llama-gqa", **WIDE["llama-gqa"]).save_pretrained(folders[0])
+    model = minia3.load_model(folders[0], quantize=quantize)
+    dequantize(model, torch.float32)
+    before = logits(model, SOURCE, MASK, TARGET)
+    torch.manual_seed(0)
+    for parameter in add_lora(model, where=("q", "down")).values():
+        nn.init.normal_(parameter, std=0.1)
+    save_lora(model, folders[1])
+    assert off(logits(model, SOURCE, MASK, TARGET), before) > 0.01
+
+    assert main(["merge", *folders, *flags]) == 0
+    merged = minia3.load_model(folders[2])
+    dtype = torch.bfloat16 if flags else torch.float32
+    for name, parameter in minia3.merge(model).to(dtype).named_parameters():
+        assert torch.equal(merged.get_parameter(name), parameter), name
 
 
 @pytest.mark.parametrize(
