@@ -26,6 +26,8 @@ from minia3.files.tensors import FLOATS, read_tensors
 from minia3.files.write import write_new_json, writing_folder
 
 N_SHOWN = 2  # problems that a message names; the others are counted
+# PEFT's names of the embedding and the head
+EMBEDDINGS = (".embed_tokens.weight", ".shared.weight", ".lm_head.weight")
 
 
 class AdapterFile(NamedTuple):
@@ -111,7 +113,12 @@ def find_mismatch(peft_name, entry, name, vectors):
     name: our name, or None if there is none. vectors: the vectors that were read before.
     """
     if name is None:
-        return f"{peft_name} {entry.shape} has no place in T5 or LLaMA"
+        found = f"{peft_name} {entry.shape} has no place"
+        if peft_name.endswith(EMBEDDINGS):
+            reason = "PEFT saves it if the vocabulary was resized"
+            remedy = "if it was not trained, save with save_embedding_layers=False"
+            return f"{found} beside vectors: {reason}: {remedy}"
+        return f"{found} in T5 or LLaMA"
     if name in vectors:
         return f"{peft_name} {entry.shape} scales the same place as another vector of the file"
     # The shape tells which side of a linear is scaled. Scaling the other side would be another

@@ -580,6 +580,24 @@ def test_whole_modules_beside_the_vectors_are_refused(loaded, peft_folder):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "embedding"), [("t5-v1.1", "shared"), ("llama-gqa", "embed_tokens")]
+)
+def test_an_embedding_beside_the_vectors_is_refused_with_what_to_do(
+    loaded, tmp_path, name, embedding
+):
+    """PEFT saves it if the vocabulary was resized, which it can only see of a model of the hub."""
+    model = with_peft(name)
+    model.save_pretrained(tmp_path / "peft", save_embedding_layers=True)
+    found = refused(loaded(name), tmp_path / "peft")
+    assert (
+        f".{embedding}.weight (61, 24) has no place beside vectors: PEFT saves it if the" in found
+    )
+    assert "if it was not trained, save with save_embedding_layers=False" in found
+    model.save_pretrained(tmp_path / "again", save_embedding_layers=False)
+    load_adapter(loaded(name), tmp_path / "again")
+
+
 def test_a_file_that_is_not_an_adapter_is_refused(loaded, tmp_path, peft_folder):
     model = loaded("t5-v1.0")
     assert refused(model, tmp_path).startswith(f"{tmp_path}: found an empty folder, expected an ")
