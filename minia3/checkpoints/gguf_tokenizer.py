@@ -16,6 +16,7 @@ from tokenizers import Tokenizer as Backend
 from minia3.checkpoints.sentencepiece import (
     BPE,
     NORMAL,
+    UNKNOWN,
     NormalizerSpec,
     Piece,
     add_special_pieces,
@@ -106,6 +107,8 @@ def read_gguf_tokenizer(metadata):
     settings.setdefault("add_bos_token", has_bos)
     settings["is_encoder_decoder"] = False  # gguf.py reads no other model
     settings.setdefault("pad_token_id", settings.get("padding_token_id"))
+    if UNKNOWN in settings["token_type"]:
+        settings["unk_token"] = settings["tokens"][settings["token_type"].index(UNKNOWN)]
     settings["chat_template"] = chat_templates(settings)
     return backend, settings
 

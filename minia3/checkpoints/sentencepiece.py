@@ -99,7 +99,7 @@ class Piece(NamedTuple):
 
 
 def read_sentencepiece(data, is_prefix_for_all=True, has_prefix=True):
-    """Return (backend, {"bos_token_id": ..., "eos_token_id": ..., "pad_token_id": ...}).
+    """Return the backend, and the default settings: "bos_token_id", "unk_token" and so on.
 
     data: the content of a sentencepiece file.
     is_prefix_for_all: see `sentencepiece_backend`.
@@ -132,12 +132,13 @@ def read_sentencepiece(data, is_prefix_for_all=True, has_prefix=True):
         check_ties(pieces)
     backend = sentencepiece_backend(pieces, trainer.model_type, normalizer_spec, is_prefix_for_all)
     check_user_defined(pieces, trainer.model_type, normalizer_spec, backend)
-    special_ids = {
+    special = {
         "bos_token_id": trainer.bos_id,
         "eos_token_id": trainer.eos_id,
         "pad_token_id": trainer.pad_id,
+        "unk_token": pieces[first_of_kind(pieces, UNKNOWN)].text,
     }
-    return backend, special_ids
+    return backend, special
 
 
 def merged_message(kind, fields, number):

@@ -67,12 +67,12 @@ class Tokenizer:
         """
         self.backend = backend
         self.chat_template = by_name(settings.get("chat_template"))
-        self.kept = kept_settings(settings)
         # A tokenizer.json may ask to cut or pad every text, because it keeps the settings of the
         # moment when it was saved.
         backend.no_truncation()
         backend.no_padding()
         self._find_special_tokens(settings)
+        self.kept = kept_settings(settings, backend)
         self._add_frame(settings)
         # If the backend cannot encode an unknown character, fail now, not at the first such text.
         self.has_separate_targets = has_encoder(settings, self._adds_eos_alone())
@@ -374,11 +374,18 @@ class Tokenizer:
             return cls(backend, settings)
 
 
-def kept_settings(settings):
-    """Return the settings that `save` hands on, with what the class of the tokenizer stands for."""
+def kept_settings(settings, backend):
+    """Return the settings that `save` hands on, with what the class of the tokenizer stands for.
+
+    The unknown token is left out if it is not special here, because transformers would make it so.
+    """
     kept = {key: settings[key] for key in KEPT if key in settings}
     if is_of_llama(settings):
         kept.setdefault("padding_side", "left")
+    unknown = text_of(settings.get("unk_token"))
+    added = backend.get_added_tokens_decoder().values()
+    if unknown in [token.content for token in added if token.special]:
+        kept["unk_token"] = unknown
     return kept
 
 

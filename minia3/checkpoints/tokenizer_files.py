@@ -126,5 +126,5 @@ def llama_backend(file, settings):
     is_prefix_for_all = settings.get("legacy") is True  # otherwise none after an added token
     has_prefix = settings.get("add_prefix_space") is not False
     content = file.read_bytes()
-    backend, special_ids = read_sentencepiece(content, is_prefix_for_all, has_prefix)
-    return backend, {"add_bos_token": True, **special_ids}
+    backend, special = read_sentencepiece(content, is_prefix_for_all, has_prefix)
+    return backend, {"add_bos_token": True, **special}

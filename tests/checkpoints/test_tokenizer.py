@@ -648,6 +648,47 @@ def test_transformers_pads_and_cuts_as_with_the_files_that_were_read(
     assert theirs.model_max_length == length
 
 
+def special_word_level():
+    backend = word_level()
+    backend.add_special_tokens(["<unk>"])
+    return backend
+
+
+def saved_twice(tokenizer, folder):
+    """Return what transformers makes of what we save of what we saved."""
+    tokenizer.save(folder / "once")
+    Tokenizer.from_folder(folder / "once").save(folder / "twice")
+    return theirs(folder / "twice")
+
+
+def test_transformers_finds_the_unknown_token_of_a_saved_tokenizer(tmp_path):
+    """A sentencepiece or GGUF file says which it is. Beside a tokenizer.json, the settings do."""
+    config = {"unk_token": {"content": "<unk>"}}
+    folder = save_json(special_word_level(), tmp_path / "json", tokenizer_config=config)
+    from_gguf = Tokenizer.from_gguf(gguf_of("llama"))
+    for tokenizer in (small("t5"), small("llama"), from_gguf, Tokenizer.from_folder(folder)):
+        peer = saved_twice(tokenizer, tmp_path)
+        assert peer.unk_token == "<unk>"
+        assert peer.unk_token_id == tokenizer.backend.token_to_id("<unk>")
+
+
+@pytest.mark.parametrize(
+    ("backend", "unknown"),
+    [(special_word_level(), "<none>"), (word_level(), "<unk>"), (word_level(), "b")],
+)
+def test_no_token_becomes_special_because_the_settings_call_it_unknown(tmp_path, backend, unknown):
+    """transformers would add it, or find it in texts."""
+    folder = save_json(backend, tmp_path / "json", tokenizer_config={"unk_token": unknown})
+    tokenizer = Tokenizer.from_folder(folder)
+    peer = saved_twice(tokenizer, tmp_path)
+    assert peer.unk_token is None
+    assert len(peer) == 4
+    text = "a b <unk> <none>"
+    ids = tokenizer.encode(text)
+    assert peer(text)["input_ids"] == ids
+    assert peer.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids)
+
+
 # Finding
 
 
