@@ -12,11 +12,13 @@ import pytest
 import running
 import torch
 from running import last_vectors, metrics, model, outcome, rows, run, task, words, write
+from torch.utils.checkpoint import checkpoint
 from written_out import KINDS, batches, expected_loss, read
 
 import minia3
 from minia3.adapters.lora import add_lora
 from minia3.checkpoints.load import load_model
+from minia3.model.blocks import Block
 from minia3.training.optimizer import Adafactor
 
 LOSSES = ("lm,ul,ln", "ul", "lm,ln")
@@ -280,16 +282,31 @@ def test_only_the_vectors_are_trained(tmp_path, monkeypatch):
     assert not trained.training
 
 
-@pytest.mark.parametrize("flag", ["--recompute", "--compile"])
-def test_a_flag_that_saves_memory_or_time_changes_no_result(flag, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: seen.append(options))
+def test_recompute_changes_no_result(tmp_path, monkeypatch):
     seen = []
-    results = []
-    for name, flags in (("plain", []), ("other", [flag])):
-        assert run(words(tmp_path / name, *flags)) == 0
-        results.append(outcome(tmp_path / name))
-    assert results[0] == results[1]
-    assert seen == [{"dynamic": True}] * (4 if flag == "--compile" else 0)
+
+    def spy(*args, **options):
+        seen.append(args)
+        return checkpoint(*args, **options)
+
+    monkeypatch.setattr("minia3.model.recompute.checkpoint", spy)
+    assert run(words(tmp_path / "plain")) == 0
+    assert not seen
+    assert run(words(tmp_path / "recomputed", "--recompute")) == 0
+    assert seen
+    assert outcome(tmp_path / "recomputed") == outcome(tmp_path / "plain")
+
+
+def test_compile_asks_for_one_graph_for_all_lengths(tmp_path, monkeypatch):
+    """That it changes no result is tested without a run: tests/model/test_compile.py."""
+    seen = []
+
+    def spy(module, **options):
+        seen.append((type(module), options))
+
+    monkeypatch.setattr(torch.nn.Module, "compile", spy)
+    assert run(words(tmp_path / "run", "--compile", steps=1)) == 0
+    assert seen == [(Block, {"dynamic": True})] * 4
 
 
 # A user's data
