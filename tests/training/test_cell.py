@@ -5,13 +5,25 @@ from pathlib import Path
 import pytest
 import torch
 from running import events, last_vectors, metrics, model, run, task, train, words, write
-from safetensors.torch import load_file
 from written_out import adapter, read, results_by_hand
 
 import minia3
 from minia3.inference.scoring import NotFiniteError
 from minia3.training.cell import Cell
+from minia3.training.checkpoint import copy_values
 from minia3.training.grid import cell_name
+
+
+def check_saved(out, vectors, folder):
+    """Assert that the adapter of a run has these vectors, which are written to `folder`."""
+    expected = minia3.load_model(model("t5"))
+    with torch.no_grad():
+        for name, table in minia3.vectors(expected).items():
+            table.copy_(vectors[name])
+    minia3.save_adapter(expected, folder / "adapter")
+    found = adapter(out)
+    for name, tensor in adapter(folder).items():
+        assert torch.equal(found[name], tensor), name
 
 
 def test_the_saved_vectors_are_the_best_on_the_held_out_rows(tmp_path, monkeypatch):
@@ -54,14 +66,7 @@ def test_patience_counts_evaluations_without_a_better_one_and_the_best_vectors_a
     assert run(words(tmp_path / "run", **flags)) == 0
     assert len(seen) == n
     assert metrics(tmp_path / "run")[-1]["steps"] == n
-    expected = minia3.load_model(model("t5"))
-    with torch.no_grad():
-        for name, table in minia3.vectors(expected).items():
-            table.copy_(seen[best][name])
-    minia3.save_adapter(expected, tmp_path / "expected" / "adapter")
-    found = adapter(tmp_path / "run")
-    for name, tensor in adapter(tmp_path / "expected").items():
-        assert torch.equal(found[name], tensor)
+    check_saved(tmp_path / "run", seen[best], tmp_path / "expected")
 
 
 def test_the_vectors_of_the_last_step_may_be_the_best(tmp_path, monkeypatch):
@@ -78,14 +83,23 @@ def test_the_vectors_of_the_last_step_may_be_the_best(tmp_path, monkeypatch):
 
 
 def test_a_run_that_diverges_saves_the_last_finite_vectors(tmp_path, monkeypatch):
+    """The rate of step 1 is 0, step 2 makes the vectors large, and step 3 makes them overflow."""
     accuracies = {1: 0.4, 2: 0.5, 3: 0.5}
-    results_by_hand(monkeypatch, lambda group, cell: accuracies[group.log.step])
+    seen = {}
+
+    def accuracy_of(group, cell):
+        seen[group.log.step] = copy_values(minia3.vectors(group.model))
+        return accuracies[group.log.step]
+
+    results_by_hand(monkeypatch, accuracy_of)
+    out = tmp_path / "run"
     flags = {"lr": 1e25, "warmup_ratio": 0.5, "eval_every": 1, "patience": 1, "dropout": 0}
-    assert run(words(tmp_path / "run", **flags)) == 0
-    folder = tmp_path / "run"
-    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
-    assert all(tensor.isfinite().all() for tensor in saved.values())
-    assert [line["step"] for line in events(folder, "eval")] == [1, 2, 3]
+    assert run(words(out, **flags)) == 0
+    assert [line["step"] for line in events(out, "eval")] == [1, 2, 3]
+    assert all((table == 1).all() for table in seen[1].values())
+    assert max(table.abs().max() for table in seen[2].values()) > 1e20
+    assert seen.keys() == {1, 2}  # the scores of step 3 are not finite, so it has no accuracy
+    check_saved(out, seen[2], tmp_path / "expected")
 
 
 def test_an_evaluation_whose_scores_are_not_finite_chooses_no_vectors(tmp_path, monkeypatch):
