@@ -62,13 +62,23 @@ def test_a_bfloat16_product_has_the_same_bits_with_and_without_gradients(keeps_r
 
 @pytest.mark.parametrize("name", PEERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_fresh_model_is_the_base_bit_for_bit(loaded, monkeypatch, name, dtype):
+@pytest.mark.parametrize("has_grad", [False, True])
+def test_a_fresh_model_is_the_base_bit_for_bit(loaded, monkeypatch, name, dtype, has_grad):
+    """With gradients, another function multiplies: `scale_keeping_result`."""
     model = loaded(name, n_adapters=2, dtype=dtype)
     source = tokens(2, 7)
     target = tokens(2, 4, seed=1)
-    found = logits(model, source, None, target, adapter=1)
+
+    def answer(adapter=None):
+        with torch.set_grad_enabled(has_grad):
+            state = model.start(source, None, adapter)
+            logits_BLV = model.step(torch.cat((state.start, target), dim=1), state)
+        assert logits_BLV.requires_grad == has_grad
+        return logits_BLV
+
+    found = answer(adapter=1)
     monkeypatch.setattr(IA3, "forward", lambda self, x, adapter: x)
-    assert torch.equal(found, logits(model, source, None, target))
+    assert torch.equal(found, answer())
 
 
 @pytest.mark.parametrize("name", BOTH)
