@@ -146,8 +146,7 @@ def test_logits_are_as_close_to_float64_in_both_orders(model, n_rows, monkeypatc
         plain = logits()
         model.to(torch.float64)
         exact = logits()
-    assert (first - exact).norm() < 0.03 * exact.norm()
-    assert (plain - exact).norm() < 0.03 * exact.norm()
+    assert 0 < (first - exact).norm() < 1.5 * (plain - exact).norm()
 
 
 def test_texts_are_written_with_the_weight_first(model, seen):

@@ -149,7 +149,7 @@ def test_a_step_of_one_row_goes_without_onednn_and_that_of_two_with_it(model, se
 def test_a_caller_between_two_tokens_has_onednn(model, seen):
     for _ in stream(model, Ids(), [3, 4, 5], max_new_tokens=3):
         assert has_onednn()
-    assert seen
+    assert set(seen) == {(1, False)}
 
 
 def test_logits_of_one_row_are_as_close_to_float64_as_with_onednn(model):
@@ -164,5 +164,4 @@ def test_logits_of_one_row_are_as_close_to_float64_as_with_onednn(model):
         state = model.start(source)
         exact = model.step(state.start, state)
     errors = {n_rows: (x - exact).norm() / exact.norm() for n_rows, x in found.items()}
-    assert errors[1] < 0.03
-    assert errors[2] < 0.03
+    assert 0 < errors[1] < 1.5 * errors[2]
