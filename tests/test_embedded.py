@@ -70,13 +70,12 @@ def test_the_shipped_tokenizer_is_what_the_script_makes(tmp_path):
         assert made == json.loads((MODEL / name).read_text()), name
 
 
-def test_the_model_is_small_and_its_adapter_is_under_two_percent_of_it(base):
+def test_the_model_and_its_adapter_have_the_sizes_in_the_readme_of_the_data(base):
     model, _ = base
     assert sum(path.stat().st_size for path in MODEL.iterdir()) <= 2_000_000
     n_trained = sum(vector[0].numel() for vector in minia3.vectors(model).values())
     n_base = sum(p.numel() for p in model.parameters()) - n_trained
     assert (n_trained, n_base) == (1_536, 218_112)
-    assert n_trained / n_base < 0.02
 
 
 @pytest.mark.slow
