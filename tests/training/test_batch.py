@@ -69,14 +69,27 @@ def test_each_cell_has_the_losses_of_its_own_batch(losses, size, cells, ours):
         assert found_A[cell.row].item() == pytest.approx(expected.item(), rel=1e-9)
 
 
-def test_a_part_has_the_examples_and_the_rows_of_their_cells_in_order(cells):
+def test_the_parts_have_the_examples_and_the_rows_of_their_cells_in_order(cells):
     batch = MixedBatch(cells, 0, n_rows=3)
     parts = list(batch.split(4))
     assert [part.row_B.tolist() for part in parts] == [[0, 0, 0, 1], [1, 1, 2, 2], [2]]
     examples = list(chain(*(cell.batches[0] for cell in cells)))
-    assert [example for _, example in batch.pairs] == examples
-    texts = list(chain(*((example.source, *example.targets) for example in examples)))
-    assert batch.n_tokens == sum(map(len, texts))
+    read = list(chain(*(texts_of(part.inputs) for part in parts)))
+    assert read == [[example.source, *example.targets] for example in examples]
+    labels = torch.cat([part.inputs.label_B for part in parts])
+    assert labels.tolist() == [example.label for example in examples]
+    assert batch.n_tokens == sum(map(len, chain(*read)))
+
+
+def texts_of(inputs):
+    """Return the source and the targets of each example of a Batch, as lists of ids."""
+    texts = []
+    for source_M, mask_M, target_CL, target_mask_CL in zip(*inputs[:4], strict=True):
+        targets = []
+        for target_L, target_mask_L in zip(target_CL, target_mask_CL, strict=True):
+            targets.append(target_L[target_mask_L].tolist())
+        texts.append([source_M[mask_M].tolist(), *filter(None, targets)])
+    return texts
 
 
 def test_a_model_with_a_single_row_gets_no_rows(cells):
