@@ -12,7 +12,7 @@ from written_out import rte_flags
 import minia3
 from minia3.tasks.batches import order
 from minia3.tasks.examples import encode_rows
-from minia3.tasks.mixture import make_mixture
+from minia3.tasks.mixture import draw_rows, make_mixture
 from minia3.tasks.prompts import for_family
 from minia3.training.assignment import assign_rows
 from minia3.training.cell import Cell
@@ -126,11 +126,26 @@ def test_training_draws_from_all_prompts_and_evaluation_uses_one(tmp_path, monke
     assert seen == [set(prompts), {prompts[2]}, {prompts[2]}]
 
 
-def test_batches_are_drawn_when_they_are_asked_for_and_in_any_order():
+def test_batches_are_drawn_when_they_are_asked_for_and_in_any_order(monkeypatch):
+    n_drawn = 0
+
+    def spy(*args):
+        nonlocal n_drawn
+        for rows in draw_rows(*args):
+            n_drawn += 1
+            yield rows
+
+    monkeypatch.setattr("minia3.training.drawing.draw_rows", spy)
     mixture = cell(10, steps=6)
     batches = draw_batches(mixture, minia3.load_tokenizer(model("t5")))
+    n_drawn = 0  # because examples are drawn once before, to be encoded
+    first = batches[0]
+    assert n_drawn == 1
+    third = batches[2]
+    assert n_drawn == 3
     in_order = list(batches)
     assert len(in_order) == len(batches) == 6
+    assert (first, third) == (in_order[0], in_order[2])
     for step in (3, 5, 0, 0, 2):
         assert batches[step] == in_order[step]
     with pytest.raises(IndexError):
