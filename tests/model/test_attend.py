@@ -101,11 +101,21 @@ def test_with_tiles_one_query_of_bfloat16_is_left_to_pytorch(dtype, expected, mo
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_one_query_with_dropout_is_left_to_pytorch(dtype):
+def test_one_query_with_dropout_is_left_to_pytorch(dtype, monkeypatch):
     inputs = make_inputs(4, 4, None, dtype, n_rows=LEAST_ROWS)
+    original = F.scaled_dot_product_attention
+    rates = []
+
+    def spy(*qkv, dropout_p, **options):
+        rates.append(dropout_p)
+        return original(*qkv, dropout_p=dropout_p, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     with torch.no_grad():
         plain = attend_with(*inputs)
+        assert rates == []
         dropped = attend_with(*inputs, dropout=0.9)
+    assert rates == [0.9]
     assert (dropped - plain).norm() > plain.norm()
 
 
