@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minia3.model.blocks import ACTIVATIONS, Attention, FeedForward, RMSNorm, rotate
+from minia3.model.blocks import ACTIVATIONS, Attention, Block, FeedForward, RMSNorm, rotate
 from minia3.model.llama import Llama, LlamaConfig
 from minia3.model.packing import NO_PACKING
-from minia3.model.sequence_state import Context, mask_to_bias
+from minia3.model.sequence_state import Cache, Context, mask_to_bias
 
 ROW_0 = torch.zeros(2, dtype=torch.long)
 
@@ -205,6 +205,40 @@ def test_the_norm_of_bfloat16_is_computed_in_float32():
     assert share_off(narrow) > 0.05
     # Not 0, because processors differ in the last bit of float32, which may decide the rounding.
     assert share_off(norm(x)) < 0.002
+
+
+@pytest.mark.parametrize(
+    ("has_cross", "n_sharing"), [(False, 1), (True, 1), (True, 2)], ids=["self", "cross", "shared"]
+)
+def test_a_block_adds_what_each_part_makes_of_its_normalized_input(has_cross, n_sharing):
+    """n_sharing: rows that share a source."""
+    attn = random_attention(4, 4)
+    cross = random_attention(2, 2) if has_cross else None
+    ffn = FeedForward(10, 14, "relu", False, 0.0, n_adapters=1)
+    block = randomize(Block(attn, cross, ffn, 10, 0.5, 0.0).double().eval())
+    x = random_input(2 * n_sharing, 3, 10)
+    memory = random_input(2, 5, 10, seed=1)
+    memory_bias = random_input(2, 1, 1, 5, seed=2)
+    cross_context = Context(ROW_0, NO_PACKING, memory_bias)
+    cache = Cache()
+    if has_cross:
+        cache.cross_kv = cross.kv(memory, cross_context)
+    context = Context(ROW_0[:1], NO_PACKING, is_causal=True, cross=cross_context)
+    found = block(x, context, cache)
+
+    def normalized(norm, x):
+        return x / (x.pow(2).mean(-1, keepdim=True) + 0.5).sqrt() * norm.weight
+
+    mask = torch.ones(3, 3, dtype=torch.bool).tril()
+    h = normalized(block.attn_norm, x)
+    expected = x + written_out(attn, h, h, mask_to_bias(mask, torch.float64)[None, None])
+    if has_cross:
+        h = normalized(block.cross_norm, expected)
+        source = torch.arange(2).repeat_interleave(n_sharing)  # of each row
+        expected = expected + written_out(cross, h, memory[source], memory_bias[source])
+    h = normalized(block.ffn_norm, expected)
+    hidden = ffn.l_ff.scale[0] * (h @ ffn.gate.weight.T).clamp(min=0)
+    assert_equal(found, expected + hidden @ ffn.down.weight.T)
 
 
 def test_attention_drops_weights_only_in_training(monkeypatch):
