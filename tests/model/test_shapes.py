@@ -1,8 +1,10 @@
 """Guards the shape suffixes of names (x_BLD).
 
-While models run, a trace hook looks at the package at every call and return. Each name with a
-suffix must have as many axes as letters, each letter must have one size within a function, and a 1
-must be 1. Each letter must be in the legend of its file.
+While models run, a trace hook looks at the package at every call and return, so what a name holds
+only in between is not seen. Each argument and local with a suffix must have as many axes as
+letters, each letter must have one size within a function, and a 1 must be 1. A field of a dataclass
+that such a function has must have as many axes as letters, too. (Attributes of other classes are
+not looked at.) Each letter of an argument or a local must be in the legend of its file.
 """
 
 import ast
@@ -10,7 +12,8 @@ import importlib.util
 import re
 import sys
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -34,6 +37,8 @@ from minia3.model import attend, packing, target_logprobs
 from minia3.model.llama import rotation_frequencies
 from minia3.model.more_vectors import choose_vectors
 from minia3.model.quantized import NF4_BLOCK, NF4Linear
+from minia3.model.sequence_state import Context, State
+from minia3.model.static_state import StaticState
 from minia3.tasks.batches import collate
 from minia3.tasks.examples import Example
 from minia3.tasks.prompts import OWN_PROMPTS
@@ -153,6 +158,27 @@ class Watch:
                 fault = shapes.fault(name, value)
                 if fault:
                     self.faults.setdefault((function, name), fault)
+        for value in values.values():
+            self.look_at_fields(value)
+
+    def look_at_fields(self, value):
+        kind = type(value)
+        for name in suffixed_fields(kind):
+            tensor = getattr(value, name)
+            if tensor is not None:
+                self.seen.add((kind.__name__, name))
+                # Each field by itself: the memory (M) of one is the source, of another the text.
+                fault = Shapes().fault(name, tensor)
+                if fault:
+                    self.faults.setdefault((kind.__name__, name), fault)
+
+
+@cache
+def suffixed_fields(kind):
+    """Return the names with a suffix among the fields of a class, if it is a dataclass."""
+    if not is_dataclass(kind):
+        return []
+    return [field.name for field in fields(kind) if SUFFIXED.fullmatch(field.name)]
 
 
 @contextmanager
@@ -392,6 +418,8 @@ def test_every_name_with_a_suffix_was_looked_at(watch):
         unseen -= NAMES_OF_NF4
     assert unseen == set()
     assert BROADCAST.keys() <= {name for _, name in names}  # the package still has all of them
+    for kind in (Context, State, StaticState):
+        assert {(kind.__name__, name) for name in suffixed_fields(kind)} <= watch.seen
 
 
 @pytest.mark.parametrize("path", NAMES, ids=short_name)
@@ -440,6 +468,15 @@ def a_number(x_BL):
     first_BL = 0  # noqa: F841
 
 
+@dataclass
+class Holder:
+    mask_BM: torch.Tensor
+
+
+def a_field(x_BL):
+    holder = Holder(x_BL.sum(1))  # noqa: F841
+
+
 MISTAKES = {
     swapped_letters: "y_LB (2, 3): L is 3 by x_BL",
     missing_axis: "total_BL (2,)",
@@ -448,6 +485,7 @@ MISTAKES = {
     an_axis_of_1_that_is_not_broadcast: "y_BL (1, 3): B is 2 by x_BL",
     an_argument_that_is_bound_again: "y_BL (5, 3): B is 2 by x_BL",
     a_number: "first_BL is int 0",
+    a_field: "mask_BM (2,)",
 }
 
 
@@ -467,10 +505,12 @@ def honest(x_BL, position_BL):
     PAIR_BD = x_BL.T  # noqa: F841 (a constant)
     for x_B in x_BL.T:  # noqa: B007
         pass
+    holder = Holder(x_BL[:, 1:])  # noqa: F841 (another M than that of any other name)
 
 
 def test_right_names_are_not_called_wrong():
     with watched(Path(__file__)) as watch:
         honest(torch.zeros(2, 3), torch.zeros(1, 3))
     assert not watch.faults
-    assert {name for _, name in watch.seen} == {"x_BL", "position_BL", "y_B1L", "z_LL", "x_B"}
+    expected = {"x_BL", "position_BL", "y_B1L", "z_LL", "x_B", "mask_BM"}
+    assert {name for _, name in watch.seen} == expected
