@@ -99,7 +99,8 @@ def positive(kind):
     def read(text):
         number = kind(text)
         if not 0 < number < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+            expected = "a finite number" if number == math.inf else "a number"
+            raise argparse.ArgumentTypeError(f"{text} is not {expected} above 0")
         return number
 
     read.__name__ = kind.__name__  # argparse names it in an error

@@ -157,6 +157,16 @@ def test_workers_and_hours_without_submit_are_refused(tmp_path, capsys, words):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("hours", "expected"),
+    [("inf", "a finite number"), ("nan", "a number"), ("-inf", "a number"), ("0", "a number")],
+)
+def test_hours_that_are_no_time_are_refused(tmp_path, capsys, hours, expected):
+    message = failure(capsys, "study", write_study(tmp_path), "--submit=local", f"--hours={hours}")
+    assert f"argument --hours: {hours} is not {expected} above 0" in message
+    assert not (tmp_path / "runs").exists()
+
+
 # Making runs
 
 
