@@ -14,6 +14,7 @@ dtype and device, it is mapped from the file.
 import difflib
 from dataclasses import replace
 from functools import reduce
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -81,8 +82,9 @@ def load_model(
     (one message names all such tensors), or if a weight that is checked is not finite.
     """
     name_or_path = expand_home(name_or_path)
-    if n_adapters < 1:
-        raise ValueError(f"n_adapters must be at least 1, found {n_adapters}")
+    is_count = isinstance(n_adapters, Integral) and not isinstance(n_adapters, bool)
+    if not is_count or n_adapters < 1:
+        raise ValueError(f"n_adapters must be an integer of at least 1, found {n_adapters!r:.40}")
     if quantize not in (None, *QUANTIZED):
         raise ValueError(f"quantize is {quantize!r}, expected one of {', '.join(QUANTIZED)}")
     model, stored, weight_dtype = open_checkpoint(name_or_path, dtype, n_adapters)

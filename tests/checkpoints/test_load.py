@@ -7,6 +7,7 @@ import os
 import pickle
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from anonymous_memory import anonymous, sampling
@@ -144,8 +145,10 @@ def test_the_default_dtype_of_torch_does_not_reach_the_vectors(loaded):
 
 def test_options_that_make_no_sense_are_refused(peer):
     folder = peer("t5-v1.0").folder
-    message = refusal(minia3.load_model, folder, n_adapters=0)
-    assert "n_adapters must be at least 1, found 0" in message
+    for n_adapters in (0, True, 2.0, "2", None):
+        message = refusal(minia3.load_model, folder, n_adapters=n_adapters)
+        assert f"n_adapters must be an integer of at least 1, found {n_adapters!r}" in message
+    assert minia3.load_model(folder, n_adapters=np.int64(2)).n_adapters == 2
     assert "dtype must be None or one of" in refusal(minia3.load_model, folder, dtype=torch.int8)
     assert "found 'bfloat16'" in refusal(minia3.load_model, folder, dtype="bfloat16")
 
