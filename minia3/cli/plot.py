@@ -393,7 +393,7 @@ def draw_learned(figure, vectors):
         )
         draw_quantiles(ax, layers)
     ax = figure.add_subplot(n_rows, N_PANELS, len(sites) + 1, frame_on=False, xticks=[], yticks=[])
-    text = "line: median\nbands: 50 % and 90 %\ndots: extremes\n\nfurthest from 1:\n"
+    text = "line: median\nbands: 50% and 90%\ndots: extremes\n\nfurthest from 1:\n"
     text += "\n".join(furthest_entries(vectors))
     ax.text(0, 1, text, va="top", family="monospace", size=7)
 

@@ -406,10 +406,11 @@ def test_learned_shows_quantiles_in_the_order_of_layers_and_the_furthest_entries
     np.testing.assert_allclose(least.get_ydata(), 1)
     np.testing.assert_allclose(most.get_ydata(), [1, 3, 11])
     tops = [band.get_paths()[0].vertices[:, 1].max() for band in first.collections]
-    np.testing.assert_allclose(tops, [10.5, 8.5])  # of 95 % and 75 % of the entries of layer 10
-    furthest = text.texts[0].get_text().partition("furthest from 1:\n")[2].splitlines()
+    np.testing.assert_allclose(tops, [10.5, 8.5])  # of 95% and 75% of the entries of layer 10
+    legend, _, furthest = text.texts[0].get_text().partition("furthest from 1:\n")
+    assert "bands: 50% and 90%\n" in legend
     expected = ["-20.000 0.ffn.l_ff[3]", "11.000 10.attn.l_k[100]", "10.900 10.attn.l_k[99]"]
-    assert furthest[:3] == expected
+    assert furthest.splitlines()[:3] == expected
 
 
 def test_the_panels_of_the_encoder_come_before_the_panels_of_the_decoder():
