@@ -13,6 +13,8 @@ two other ways, for each turn:
    whole conversation exactly as it does there. The contents of all earlier messages must come
    before the turn. Otherwise the model would be trained without something that it reads when it
    answers, and the conversation is refused.
+
+What the template leaves out everywhere is found by chat_contents.py.
 """
 
 from bisect import bisect_left, bisect_right

@@ -22,6 +22,7 @@ from minia3.checkpoints.chat import (
     choose_template,
     render_chat,
 )
+from minia3.checkpoints.chat_contents import check_contents
 from minia3.checkpoints.chat_spans import find_end_of_turn, render_conversation, within_spans
 from minia3.checkpoints.gguf import read_metadata
 from minia3.checkpoints.gguf_tokenizer import read_gguf_tokenizer
@@ -219,12 +220,14 @@ class Tokenizer:
         contents and texts as the arguments of calls (see `template_message` and `render_chat`).
 
         Raise ValueError if `messages` is not such a list, if there is no template or no jinja2, or
-        if the template fails or refuses the messages.
+        if the template fails, refuses the messages, or leaves out a message or a call of a tool
+        (see `check_contents`).
         """
         check_turns(messages)
         template = self.template_for(tools)
         with reading("chat_template", extra="chat"):
             rendered = render_chat(template, messages, self.special_tokens, tools)
+            check_contents(rendered.text, template, messages, self.special_tokens, tools)
             # The template has written the special tokens.
             return self.encode(rendered.text, special=False)
 
@@ -244,13 +247,17 @@ class Tokenizer:
         template = self.template_to_train_on(tools)
         with reading("chat_template", extra="chat"):
             text, spans = render_conversation(template, messages, self.special_tokens, tools)
+            check_contents(
+                text, template, messages, self.special_tokens, tools, ends_with_prompt=False
+            )
             encoding = self.backend.encode(text, add_special_tokens=False)
         return EncodedChat(encoding.ids, within_spans(encoding.offsets, spans))
 
     def count_chat(self, messages: list[dict], tools: list | None = None) -> int:
         """Return how many ids `conversation` would return, without looking for the assistant.
 
-        The errors are those of `conversation`, but a template that changes turns goes unnoticed.
+        The errors are those of `conversation`, but a template that changes turns or leaves
+        something out goes unnoticed.
         """
         template = self.template_to_train_on(tools)
         with reading("chat_template", extra="chat"):

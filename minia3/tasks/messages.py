@@ -142,7 +142,7 @@ def fit_chat(row: dict, tokenizer, max_length: int):
     answers sees the newest ones. Only lost turns count as a cut. No turn loses a part of its text.
 
     Raise ValueError if the last exchange that is learned does not fit either, or if the template
-    leaves out what the assistant wrote.
+    cannot be trained on or leaves something out.
     """
     messages = row["messages"]
     tools = row.get("tools")
@@ -161,7 +161,10 @@ def fit_chat(row: dict, tokenizer, max_length: int):
             f"row {row['idx']} does not fit into max_length {max_length}: "
             f"its last learned exchange alone has {n_tokens} tokens: raise max_length"
         )
-    encoded = tokenizer.conversation(fitted, tools)
+    try:
+        encoded = tokenizer.conversation(fitted, tools)
+    except ValueError as error:
+        raise ValueError(f"row {row['idx']}: {error}") from None
     if not any(encoded.is_scored):
         raise ValueError(f"row {row['idx']}: the chat template leaves out what the assistant wrote")
     return encoded, fitted is not messages

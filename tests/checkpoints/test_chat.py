@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 import minia3
-from minia3.checkpoints.chat import read_template
+from minia3.checkpoints.chat import read_template, render_chat
 from minia3.checkpoints.chat_spans import Conversation, probe_turn, render_conversation
 from minia3.checkpoints.layout import TOOL_TEMPLATE_FILE
 from minia3.checkpoints.tokenizer import Tokenizer, load_tokenizer
@@ -577,7 +577,8 @@ CALL_TEMPLATES = {
     "the arguments as JSON": ALL_CALLS + "{{ c.function.arguments | tojson }}" + END,
     "the whole call as JSON": ALL_CALLS + "{{ c.function | tojson }}" + END,
     "each argument": ALL_CALLS
-    + "{% for k, v in c.function.arguments | items %}{{ k }}={{ v }};{% endfor %}"
+    + "{{ c.function.name }}{% for k, v in c.function.arguments | items %}{{ k }}={{ v }};"
+    + "{% endfor %}"
     + END,
     "either": ALL_CALLS + "{{ " + ASKS + " }}" + END,
 }
@@ -651,8 +652,7 @@ def test_nulls_of_a_message_do_not_reach_the_template(template, expected):
         {"role": "user", "content": "q", "tool_calls": None},
         {"role": "assistant", "content": None, "tool_calls": [{"id": None}]},
     ]
-    tokenizer = tokenizer_with(template)
-    assert tokenizer.backend.decode(tokenizer.chat(messages)) == expected
+    assert render_chat(template, messages, {}).text == expected
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
@@ -682,7 +682,11 @@ def test_tools_take_the_template_for_them_as_in_transformers(tmp_path, tools):
         assert tokenizer.count_chat(messages[:2], tools) == len(encoded.ids)
         assert tokenizer.chat(messages[:1], tools) == encoded.ids[: encoded.is_scored.index(True)]
     tokenizer.chat_template = CHATML
-    assert (tokenizer.chat(messages, tools) == ids) == (tools is None)
+    if tools:
+        with pytest.warns(UserWarning, match="does not write the tools"):
+            assert tokenizer.chat(messages, tools) != ids
+    else:
+        assert (tokenizer.chat(messages, tools) == ids) == (tools is None)
 
 
 def cannot_train(template, messages):
@@ -690,6 +694,20 @@ def cannot_train(template, messages):
         tokenizer_with(template).conversation(messages)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "problem"),
+    [
+        ("zephyr", {"role": "tool"}, "message 1 (role 'tool') is not in the text"),
+        ("llama3", {"tool_calls": [CALL]}, "message 1 calls a tool, and the template does not"),
+    ],
+)
+def test_what_a_template_leaves_out_is_neither_learned_nor_answered(name, change, problem):
+    messages = chat("1 + 2 ?", "3", "So?", "Three.")
+    messages[1] |= change
+    assert problem in cannot_train(TEMPLATES[name], messages)
+    assert problem in refused(tokenizer_with(TEMPLATES[name]), messages[:3])
 
 
 def test_qwen3_is_trained_on_one_answer_with_its_thinking():

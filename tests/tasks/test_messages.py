@@ -280,6 +280,18 @@ def test_a_template_that_leaves_out_the_assistant_is_refused():
         fit_chat(row(turns("q", "a")), Silent(), 99)
 
 
+def test_what_is_wrong_with_the_template_names_the_row():
+    class Refusing(Letters):
+        def conversation(self, messages, tools=None):
+            raise ValueError("chat_template: message 0 changes")
+
+        def count_chat(self, messages, tools=None):
+            return 3
+
+    with pytest.raises(ValueError, match=r"\Arow 7: chat_template: message 0 changes\Z"):
+        fit_chat(row(turns("q", "a")), Refusing(), 99)
+
+
 def test_a_question_is_encoded_up_to_its_answer_within_the_limit():
     letters = Letters()
     messages = turns("q1", "a1", "q2", "a2", system="S")
