@@ -19,6 +19,9 @@ SYSTEM_COLUMNS = ("system", "system_prompt")
 # What files in ShareGPT's form call the roles. Others, such as system, have the same names.
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 
+# How a message calls a tool. Older forms say it otherwise, and no template writes them.
+CALLS = "'tool_calls': [{'type': 'function', 'function': {'name': ..., 'arguments': ...}}]"
+
 
 def in_openai_form(message):
     """Return {"role": "user", "content": "Hi"} for {"from": "human", "value": "Hi"}.
@@ -53,7 +56,8 @@ def check_messages(row: dict, needs_answer: bool = True):
     """Raise ValueError if a row's `messages` are not a conversation.
 
     Which roles there are, and in which order, is the template's business. Other keys of a message,
-    such as tool_calls, are passed on to the template.
+    such as tool_calls, are passed on to the template. Older forms of calls, which no template
+    writes, are refused.
 
     needs_answer: whether there must be a message of the assistant to learn.
     """
@@ -84,6 +88,16 @@ def check_message(message, i: int):
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ValueError(
             f"message {i} is {message!r:.60}, expected {{'role': 'user', 'content': 'a text'}}"
+        )
+    if message["role"] == "function_call":  # ShareGPT's, whose value is the text of a call
+        raise ValueError(
+            f"message {i} has the role 'function_call': write it as a message of the role "
+            f"'assistant' with {CALLS}"
+        )
+    if message.get("function_call") is not None:
+        raise ValueError(
+            f"message {i} has the older 'function_call': write it as {CALLS}, and the role "
+            "'function' as 'tool'"
         )
     content = message.get("content")
     is_call = content is None and bool(message.get("tool_calls"))  # it may say nothing besides

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import pytest
 import torch
@@ -94,6 +95,38 @@ def test_what_is_no_conversation_is_named_in_one_line(messages, problem):
     with pytest.raises(ValueError, match=r"^[^\n]*$") as caught:
         check_messages(row(messages))
     assert caught.match(problem)
+
+
+@pytest.mark.parametrize("content", [None, "", "I will look."])
+def test_the_older_form_of_a_call_is_refused(content):
+    """No template writes it, so with a text beside it, only the text was learned."""
+    call = {"name": "weather", "arguments": "{}"}
+    messages = turns("q", content)
+    messages[1]["function_call"] = call
+    problem = "message 1 has the older 'function_call': write it as 'tool_calls': [{'type': 'func"
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        check_messages(row(messages))
+    messages = turns("q", "a")
+    messages[1]["function_call"] = None  # as in exports of chats
+    check_messages(row(messages))
+
+
+def test_a_call_in_sharegpt_s_form_is_refused():
+    messages = [
+        {"from": "human", "value": "Weather?"},
+        {"from": "function_call", "value": '{"name": "weather", "arguments": {}}'},
+        {"from": "observation", "value": "sunny"},
+        {"from": "gpt", "value": "It is sunny."},
+    ]
+    spec = TaskSpec(messages="messages")
+    problem = "message 1 has the role 'function_call': write it as a message of the role 'assistant"
+    with pytest.raises(ValueError, match=problem):
+        normalize_row({"messages": messages}, spec, "train", 0)
+    del messages[1]
+    assert normalize_row({"messages": messages}, spec, "train", 0)["messages"][1] == {
+        "role": "observation",
+        "content": "sunny",
+    }
 
 
 def test_a_message_of_sharegpt_s_files_without_a_text_is_named():
