@@ -97,7 +97,7 @@ def with_input(prompts: Sequence[Prompt], text: str) -> tuple[Prompt]:
 
 
 def with_choices(prompts: Iterable[Prompt], labels: Labels, is_given: bool) -> tuple[Prompt, ...]:
-    """Return the prompts with the words of the labels as their choices.
+    """Return the prompts with the words of the labels as their choices, in place of a target.
 
     is_given: whether --labels gives the words. Otherwise a prompt's own choices stay. Raise
     ValueError if there are more or fewer choices than labels.
@@ -105,7 +105,7 @@ def with_choices(prompts: Iterable[Prompt], labels: Labels, is_given: bool) -> t
     changed = []
     for prompt in prompts:
         if is_given or not prompt.choices:
-            prompt = prompt._replace(choices=choices_of(labels.words))
+            prompt = prompt._replace(choices=choices_of(labels.words), target="")
         check_choices(prompt, labels.spelled)
         changed.append(prompt)
     return tuple(changed)

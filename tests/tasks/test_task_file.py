@@ -165,6 +165,27 @@ def test_the_column_of_the_conversations_may_have_another_name(tmp_path):
     assert task.spec.chat_template == "{{ 1 }}"
 
 
+def test_a_text_without_columns_asks_about_choices_that_have_some(tmp_path):
+    prompt = {"text": "Which of the two?", "choices": ["{title}", "{body}"]}
+    entry = {"prompts": [prompt], "label_field": "topic", "labels": ["0", "1"]}
+    task = load_task(write(tmp_path / "own", entry))
+    assert render(task.prompts[0], task.test[0])[0] == "Which of the two?"
+    entry["prompts"] = [{"text": "Which of the two?"}]
+    entry["choices"] = prompt["choices"]
+    assert load_task(write(tmp_path / "all", entry)).prompts == task.prompts
+
+
+def test_labels_in_place_of_a_target_are_written_as_they_are_read(tmp_path):
+    """The target stayed, and no command could read the file beside the adapter."""
+    entry = {"prompts": [{"text": "{body}"}, {"text": "{body}?"}], "target": "{topic}"}
+    task = load_task(write(tmp_path / "news", entry), labels="sports,arts")
+    assert task.answer == "choices"
+    write_task_file(tmp_path, [("", task.spec)])
+    read = read_task_file(tmp_path / TASK_FILE)
+    assert read._replace(path=None) == task.spec._replace(path=None)
+    assert read.prompts[1] == Prompt("{body}?", ("sports", "arts"))
+
+
 WRITES = {"text": "{body}", "target": "{title}"}
 PICKS = {"text": "{body}", "choices": ["a", "b"]}
 
