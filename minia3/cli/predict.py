@@ -305,7 +305,24 @@ def choose_task(args, tasks):
         if near:
             raise ValueError(f"{message}: did you mean {near[0]!r}?")
         raise ValueError(f"{message}: {', '.join([*learned, list_known_tasks()])}")
-    return read_task_file(path)
+    spec = read_task_file(path)
+    if not args.labels and lacks_labels(spec, tasks):
+        raise ValueError(
+            f"--task is {args.task}, which leaves its labels to the file of train, and "
+            f"{args.adapter or args.model} has learned to pick among labels: leave out --task, or "
+            "give --labels"
+        )
+    return spec
+
+
+def lacks_labels(spec, tasks):
+    """Return whether a task file does not say how rows are answered, and the only task that was
+    learned has labels. The rows would be continued, which was not learned.
+    """
+    labels_of_tasks = [learned.labels for learned in tasks.values()]
+    prompt = spec.prompts[0]
+    says_answer = bool(spec.labels or spec.messages or prompt.choices or prompt.target)
+    return not says_answer and len(labels_of_tasks) == 1 and bool(labels_of_tasks[0])
 
 
 def make_form(spec, args):

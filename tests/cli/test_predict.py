@@ -424,6 +424,28 @@ def test_a_task_file_puts_rows_into_words(tmp_path, capsys):
     assert result["scores"] == pytest.approx(scores[0].tolist(), abs=1e-5)
 
 
+def test_a_task_file_that_leaves_its_labels_to_train_does_not_make_an_adapter_write(
+    labeled, tmp_path, capsys
+):
+    """It has learned to pick among labels, and wrote texts."""
+    entry = {"prompts": [{"text": "{text} w9"}], "label_field": "label", "files": str(labeled)}
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(entry))
+    out = tmp_path / "run"
+    assert run(words(out, task=file, steps=2)) == 0
+    new = new_rows(tmp_path, "w12")
+    flags = [new, "--adapter", out / "adapter"]
+    (expected,) = predicted(capsys, *flags)
+    assert expected["choice"] in LABELS
+    error = failure(capsys, "predict", model("t5"), *flags, "--task", file)
+    assert f"--task is {file}, which leaves its labels to the file of train, and " in error
+    assert "has learned to pick among labels: leave out --task, or give --labels" in error
+    labels = ["--task", file, "--labels", ",".join(LABELS)]
+    assert predicted(capsys, *flags, *labels)[0]["choice"] == expected["choice"]
+    (result,) = predicted(capsys, new, "--task", file)  # the base has learned no labels
+    assert "output" in result
+
+
 def test_the_choices_of_a_row_to_label_are_prepared_as_in_training(tmp_path, capsys):
     entry = {"labels": ["0", "1"], "prompts": [{"text": "{q}", "choices": ["w{a}", "{b}"]}]}
     (tmp_path / "mine.json").write_text(json.dumps(entry))
