@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import chain
 from typing import NamedTuple
 
-from minia3.tasks.format_strings import column_of, field_names, label_of, roots_of
+from minia3.tasks.format_strings import column_of, field_names, label_of, names_in_text, roots_of
 from minia3.tasks.names import fold_case, nearest_of
 
 N_FIRST_ROWS = 20  # enough to see what the columns hold
@@ -125,6 +125,15 @@ class Columns(ColumnNames):
         """Raise ValueError if a format string names a column that is not there."""
         for name in roots_of(texts):
             self.check_name(name, origin)
+
+    def check_braces(self, texts: Iterable[str], origin: str):
+        """Raise ValueError if a format string has a column in double braces, which name none."""
+        for name in chain.from_iterable(map(names_in_text, texts)):
+            if name in self:
+                raise ValueError(
+                    f"{origin} has {{{{{name}}}}}, which is the text {{{name}}}: single braces "
+                    "name the column"
+                )
 
     def conversations(self) -> list[str]:
         """Return the columns with lists of objects that look like messages."""

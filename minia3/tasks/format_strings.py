@@ -11,6 +11,8 @@ from itertools import chain
 
 from minia3.tasks.names import nearest_of
 
+IN_BRACES = re.compile(r"\{\s*([^{}]+?)\s*\}")
+
 
 def check_template(text: str):
     """Raise ValueError unless a text is a format string with nothing but columns and their items.
@@ -69,6 +71,19 @@ def roots_of(texts: Iterable[str]) -> list[str]:
 def plain_names(text: str) -> list[str]:
     """Return the fields that are whole columns: {answer}, and not {answers[0]}."""
     return [name for name in field_names(text) if root_of(name) == name]
+
+
+def names_in_text(text: str) -> list[str]:
+    """Return what stands in braces that are text: text, for "{{ text }}", and nothing for "{text}".
+
+    The braces of fields stay, so that a field is not taken for a part of such a name.
+    """
+    parts = []
+    for literal, field, _, _ in string.Formatter().parse(text):
+        parts.append(literal)
+        if field is not None:
+            parts.append("{}")
+    return IN_BRACES.findall("".join(parts))
 
 
 def final_field(text: str) -> str | None:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from minia3.files.read import read_json
 from minia3.files.write import replacing, write_json
-from minia3.tasks.format_strings import can_name, check_template
+from minia3.tasks.format_strings import can_name, check_template, roots_of
 from minia3.tasks.known_tasks import make_spec
 from minia3.tasks.labels import label_key
 from minia3.tasks.prompts import Prompt, check_choices
@@ -169,6 +169,7 @@ def read_entry(entry: Mapping, folder: Path) -> TaskSpec:
         entry["prompts"] = [{"target": target, **prompt} for prompt in entry["prompts"]]
     spec = make_spec(entry)
     for prompt in spec.prompts:
+        check_reads_columns(prompt)
         if prompt.choices and spec.labels:
             check_choices(prompt, spec.labels)
     spec = spec._replace(labels=tuple(spec.labels))
@@ -220,6 +221,17 @@ def read_prompt(prompt: Mapping) -> dict:
                 f"'words' is about {{{name}}}, expected a column, and not an item of it"
             )
     return prompt
+
+
+def check_reads_columns(prompt: Prompt):
+    """Raise ValueError if the model would read the same text, and the same choices, for all rows.
+
+    Templates in other languages have double braces, which are braces of the text here.
+    """
+    if not roots_of([prompt.text, *(prompt.choices or ())]):
+        raise ValueError(
+            f"'text' is {prompt.text!r:.60}, expected columns in single braces: {{text}}"
+        )
 
 
 def without_nulls(entry: Mapping) -> dict:

@@ -99,6 +99,8 @@ def understand(
     columns = Columns(rows, spec.fields, origin)
     columns.check_texts([flags.input or ""], "--input")
     columns.check_texts([flags.target or ""], "--target")
+    columns.check_braces([flags.input or ""], "--input")
+    columns.check_braces([flags.target or ""], "--target")
 
     given = spec
     roles = assign_roles(columns, spec, flags)
@@ -120,6 +122,8 @@ def understand(
     elif not spec.span_field:  # WSC's spans become fields later
         templates = chain.from_iterable(prompt.templates for prompt in prompts)
         columns.check_texts(templates, "a prompt")
+        for prompt in prompts:  # but not its choices, because labels may be any words
+            columns.check_braces([prompt.text, prompt.target], "a prompt")
     spec = rename_reserved(spec, columns)
     roles = roles._replace(prompts=prompts)
     notes = notes_on_labels(roles, labels) + notes_on_integers(roles, columns, label_names)

@@ -572,6 +572,12 @@ def test_braces_in_texts_and_labels_are_not_fields(tmp_path):
     assert rendered(task) == [("{a} {", ["{x}", "}"], 0), ("}", ["{x}", "}"], 1)]
 
 
+def test_double_braces_around_something_else_than_a_column_are_braces(tmp_path):
+    row = {"text": "a", "label": "{text}"}
+    task = load(tmp_path, row, row | {"label": "b"}, input='{{"said": "{text}", "{{x}}": {{}}}}')
+    assert rendered(task)[0] == ('{"said": "a", "{x}": {}}', ["{text}", "b"], 0)
+
+
 def test_braces_in_the_labels_of_a_task_file_are_not_fields(tmp_path):
     labels = ["f(x) {", "none"]
     rows = [{"text": "a", "label": label} for label in labels]
@@ -835,6 +841,12 @@ def test_a_metric_must_suit_the_rows(tmp_path):
         ({"target": "{lable}"}, "--target names the column 'lable', .* did you mean 'label'?"),
         ({"input": "{premise"}, "--input is '{premise': .*: write {{ and }} for braces that"),
         ({"input": "premise"}, "--input is 'premise', expected columns in braces"),
+        (
+            {"input": "{{premise}}\\n{hypothesis}"},
+            "--input has {{premise}}, which is the text {premise}: single braces name the column",
+        ),
+        ({"input": "{premise} {{ Hypothesis }}"}, "--input has {{Hypothesis}}, which is the text"),
+        ({"target": "{{label}}{premise}"}, "--target has {{label}}, which is the text {label}"),
         ({"input": "{}"}, "--input is '{}': {} is not a column"),
         ({"input": "{premise.upper}"}, "{premise.upper} is not a column"),
         (

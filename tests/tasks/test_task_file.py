@@ -124,6 +124,14 @@ def test_a_target_is_a_text_to_write(tmp_path):
         ({"prompts": [{"text": "{body"}]}, "expected '}' before end of string"),
         ({"prompts": [{"text": "{body.x}"}]}, "{body.x} is not a column"),
         ({"prompts": [{"text": "{bdy}"}]}, "a prompt names the column 'bdy'"),
+        (
+            {"prompts": [{"text": "{body}"}, {"text": "{{ body }}: good?"}]},
+            "'text' is '{{ body }}: good?', expected columns in single braces: {text}",
+        ),
+        (
+            {"prompts": [{"text": "{{ Body }}{title}"}]},
+            "a prompt has {{Body}}, which is the text {Body}: single braces name the column",
+        ),
         ({"prompts": [{"text": "{a[b]}", "words": {"a[b]": {}}}]}, "'words' is about {a[b]}"),
         ({"labels": [0, 1]}, "'labels' is [0, 1], expected a list of texts"),
         ({"labels": ["0", "1", "2"]}, "2 choices (sports, arts) for 3 labels (0, 1, 2)"),
