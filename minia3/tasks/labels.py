@@ -126,7 +126,8 @@ def name_labels(
 
     asked: the words of --labels. Either they are the labels themselves (some may occur only in
         test), or, if the file has integers or booleans, they are the words for these, in order.
-    names: the names that the data set gives to the integers 0, 1, ...
+    names: the names that the data set gives to the integers 0, 1, ... A word of --labels that is
+        such a name stands for its integer.
 
     Words that the file itself has come in the order in which they first appear, and integers in
     their own order. Raise ValueError if the values do not show what the labels are.
@@ -135,12 +136,18 @@ def name_labels(
     counts, spellings = count_labels(values)
     if not counts and not asked:
         raise ValueError(f"{field!r} is {describe_no_labels(values, field)}")
-    if asked and counts.keys() <= set(map(label_key, asked)):
+    asked_keys = set(map(label_key, asked))
+    # A name comes before a label that is spelled like it, because a data set may call its 0 "1".
+    has_name = not asked_keys.isdisjoint(map(label_key, names))
+    if asked and not has_name and counts.keys() <= asked_keys:
         return Labels(tuple(asked), tuple(asked))  # the labels themselves, in the order of the flag
     if all(INTEGER.fullmatch(key) for key in counts):
         if not asked and not names:
             check_label_count(counts, field)
-        return name_integers(sorted(map(int, counts)), field, asked, names)
+        found = sorted(map(int, counts))
+        if has_name:
+            return find_names(found, field, asked, names)
+        return name_integers(found, field, asked, names)
     if counts.keys() <= set(BOOLEANS):
         return name_booleans(spellings, field, asked)
     words = tuple(spellings[key] for key in counts)
@@ -209,23 +216,59 @@ def name_integers(
     """Return the labels of a column of integers."""
     if names and not asked:
         return Labels(tuple(map(str, range(len(names)))), tuple(names))
-    words = words_of(names, asked)
-    n_words = len(words)
-    if not words:
+    n_words = len(asked)
+    if not asked:
         digits = tuple(map(str, found))
         return Labels(digits, digits)
     if all(0 <= number < n_words for number in found):
         if not names:
             check_counting(found, field, n_words)
-        return Labels(tuple(map(str, range(n_words))), words)
+        return Labels(tuple(map(str, range(n_words))), tuple(asked))
     if len(found) == n_words:  # such as 1 to 5, or -1 and 1
-        return Labels(tuple(map(str, found)), words)
+        return Labels(tuple(map(str, found)), tuple(asked))
     shown = ", ".join(map(str, found[:N_SHOWN]))
     advice = "; if -1 stands for no label, leave these rows out" if -1 in found else ""
     raise ValueError(
         f"--labels has {n_words} words, but {field!r} has the labels {shown}: "
         f"expected as many words as labels{advice}"
     )
+
+
+def find_names(
+    found: Sequence[int], field: str, asked: Sequence[str], names: Sequence[str]
+) -> Labels:
+    """Return the labels of a column of integers with names, of which words of --labels are some.
+
+    Such a word stands for its integer, wherever the flag has it. Raise ValueError if it is unclear
+    what another word stands for, or if an integer of the column has no word.
+    """
+    number_of_key = {label_key(name): number for number, name in enumerate(names)}
+    word_of_number = {}
+    for place, word in enumerate(asked):
+        word_of_number[number_of_key.get(label_key(word), place)] = word
+    in_order = dict(enumerate(asked))
+    are_names = all(label_key(word) in number_of_key for word in asked)
+    # Another word takes the place of a name, if all the others stand at theirs.
+    if not are_names and (word_of_number != in_order or len(asked) != len(names)):
+        raise ValueError(
+            f"--labels has names of the integers in {field!r}, and other words: give only such "
+            f"names, or a word for each of {list_names(names, N_SHOWN):.200}, in this order"
+        )
+    unnamed = [number for number in found if number not in word_of_number]
+    if unnamed:
+        shown = list_names([describe_integer(number, names) for number in unnamed], N_SHOWN)
+        raise ValueError(
+            f"{field!r} has the labels {shown:.200}, which --labels does not name: name them, or "
+            "leave their rows out"
+        )
+    numbers = sorted(word_of_number)
+    words = [word_of_number[number] for number in numbers]
+    return Labels(tuple(map(str, numbers)), tuple(words))
+
+
+def describe_integer(number: int, names: Sequence[str]) -> str:
+    """Return an integer as a text, after its name if it has one."""
+    return f"{names[number]} ({number})" if 0 <= number < len(names) else str(number)
 
 
 def check_counting(found: Sequence[int], field: str, n_words: int):

@@ -137,6 +137,41 @@ def test_the_words_of_a_task_s_own_labels_stand_for_themselves(asked):
     assert (spec.labels, spec.prompts[0].choices) == (("neg", "pos"), ("NEG", "pos"))
 
 
+NLI = ("entailment", "neutral", "contradiction")
+
+
+@pytest.mark.parametrize(
+    "asked", [("contradiction", "Entailment"), ("Entailment", "contradiction")]
+)
+def test_a_word_that_is_the_name_of_an_integer_stands_for_it_also_if_not_all_are_given(asked):
+    """SNLI without its neutral rows: 0, entailment, became contradiction."""
+    expected = Labels(("0", "2"), ("Entailment", "contradiction"))
+    assert name_labels([0, 2, 0], "label", asked, NLI) == expected
+    assert name_labels([2, 2], "label", asked, NLI) == expected
+    for found, shown in (([0, 1, 2], r"neutral \(1\)"), ([0, 7, -1], "-1, 7")):
+        words = f"^'label' has the labels {shown}, which --labels does not name: name them, or"
+        with pytest.raises(ValueError, match=words):
+            name_labels(found, "label", asked, NLI)
+
+
+def test_a_word_that_is_no_name_takes_the_place_of_one_only_if_the_others_stand_at_theirs():
+    asked = ("entailment", "unclear", "contradiction")
+    assert name_labels([0, 1, 2], "label", asked, NLI) == Labels(("0", "1", "2"), asked)
+    words = (
+        r"^--labels has names of the integers in 'label', and other words: give only such names, "
+        r"or a word for each of entailment, neutral, contradiction, in this order$"
+    )
+    for asked in (("contradiction", "unclear", "entailment"), ("entailment", "no"), ("no", *NLI)):
+        with pytest.raises(ValueError, match=words):
+            name_labels([0, 1], "label", asked, NLI)
+
+
+def test_a_name_comes_before_a_label_that_is_spelled_like_it():
+    """The words 0 and 1 were taken for the integers, and the names say otherwise."""
+    assert name_labels([0, 1], "label", ("0", "1"), ("1", "0")) == Labels(("0", "1"), ("1", "0"))
+    assert name_labels([0, 1], "label", ("1", "0"), ("no", "yes")).spelled == ("1", "0")
+
+
 def test_the_line_shows_the_words_and_what_they_stand_for(tmp_path):
     line = "reads text, picks label among "
     assert load(tmp_path, [0, 1, 0], labels="neg,pos").columns == line + "neg (0), pos (1)"
