@@ -2,14 +2,17 @@
 
 import os
 from collections import Counter
-from itertools import chain
+from itertools import chain, groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
 from minia3.tasks.column_flags import ColumnFlags, with_label_names
+from minia3.tasks.columns import Columns
 from minia3.tasks.csv_rows import QuotedCells
 from minia3.tasks.format_strings import final_field
 from minia3.tasks.known_tasks import SHIPPED
+from minia3.tasks.labels import INTEGER, count_labels
 from minia3.tasks.library_data import find_hub_files, find_saved_files
 from minia3.tasks.names import fold_case, list_names
 from minia3.tasks.row_files import not_read, read_label_names, rows_suffix
@@ -109,15 +112,16 @@ def understand_rows(
             else:
                 check_fields(good_rows, spec.fields, str(paths[0]))
             found = understand(good_rows, spec, flags, label_names, str(paths[0]))
-            check_label_names(files, found.spec)
+            check_label_names(files, rows, found.spec)
             if is_like:
                 found.notes.append("the rows get the learned prompt and words (task.json)")
             return found
     return Understanding(spec, "", [])
 
 
-def check_label_names(files: dict[str, list[Path]], spec: TaskSpec):
-    """Raise ValueError if two files have different names for the integers of the label.
+def check_label_names(files: dict[str, list[Path]], rows: dict[str, list[FileRow]], spec: TaskSpec):
+    """Raise ValueError if two files have different names for the integers of the label, or if it is
+    unclear whether a file without names has the integers or the names.
 
     If each file was encoded by itself, a label that it lacks moves the integers of the others.
     """
@@ -136,6 +140,30 @@ def check_label_names(files: dict[str, list[Path]], spec: TaskSpec):
                 f"the integers of {spec.label_field!r} stand for {list_names(first_names):.80} in "
                 f"{first_path}, and for {list_names(names):.80} in {path}: encode the labels of "
                 "all files together, or leave them as words"
+            )
+    check_unnamed(rows, spec, first_path, first_names)
+
+
+def check_unnamed(
+    rows: dict[str, list[FileRow]], spec: TaskSpec, named: Path | None, names: list[str]
+):
+    """Raise ValueError if a label of a file without names may be an integer, or the name of another
+    one: a data set may call its 0 "1".
+
+    named: a file whose integers have these names.
+    """
+    unclear = {name for i, name in enumerate(names) if INTEGER.fullmatch(name) and name != str(i)}
+    if not unclear:
+        return
+    for path, found in groupby(chain.from_iterable(rows.values()), key=attrgetter("path")):
+        good_rows = [row for _, _, row in found if isinstance(row, dict)]
+        counts, _ = count_labels(Columns(good_rows, spec.fields, "").values(spec.label_field))
+        keys = [key for key in counts if key in unclear]
+        if keys and not names_of_labels(path, spec):
+            raise ValueError(
+                f"{spec.label_field!r} is {keys[0]} in {path}, which may be an integer that stands "
+                f"for one of the names {list_names(names):.80} of {named}, or one of these names: "
+                "save the rows of all files in one format"
             )
 
 

@@ -512,6 +512,31 @@ def test_files_whose_labels_are_encoded_differently_are_refused(tmp_path):
     assert [row["label"] for row in load_task(tmp_path).test] == [0, 1]
 
 
+@pytest.mark.parametrize(("named", "plain"), [("train", "test"), ("test", "train")])
+def test_an_integer_that_is_also_the_name_of_another_one_is_refused(named, plain, tmp_path):
+    """The 1 of a .csv was the integer of "2": four of five labels were read as the next one."""
+    names = ["1", "2", "3", "4", "5"]
+    write_encoded(tmp_path / f"{named}.parquet", "tuvwx", [0, 1, 2, 3, 4], names)
+    (tmp_path / f"{plain}.csv").write_text("text,label\nx,4\ny,5\n")
+    words = (
+        rf"^'label' is 4 in \S*{plain}.csv, which may be an integer that stands for one of the "
+        rf"names 1, 2, 3, 4, 5 of \S*{named}.parquet, or one of these names: save the rows of all "
+    )
+    with pytest.raises(ValueError, match=words):
+        load_task(tmp_path)
+
+
+def test_a_file_without_names_may_lack_labels_or_have_names_that_are_no_integers(tmp_path):
+    write_encoded(tmp_path / "train.parquet", "tu", [0, 1], ["1", "2"])
+    write_encoded(tmp_path / "dev.parquet", "tu", [0, 1], ["1", "2"])
+    (tmp_path / "test.csv").write_text("text\nx\n")
+    assert [row["label"] for row in load_task(tmp_path).test] == [-1]
+    for name in ("train", "dev"):
+        write_encoded(tmp_path / f"{name}.parquet", "tu", [0, 1], ["bad", "good"])
+    (tmp_path / "test.csv").write_text("text,label\nx,1\ny,bad\n")
+    assert [row["label"] for row in load_task(tmp_path).test] == [1, 0]
+
+
 def test_integers_with_names_are_the_words_that_an_adapter_has_learned(tmp_path):
     # Words were refused, and for an adapter of 0 and 1 each label was the other one.
     write_encoded(tmp_path / "new.parquet", "xyz", [0, 1, 0], ["{POS}", "neg"])
