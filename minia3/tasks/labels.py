@@ -24,6 +24,9 @@ N_SHOWN = 20  # labels in a line
 # "01" is a word, because its zero would be lost.
 INTEGER = re.compile(r"0|-?[1-9][0-9]*")
 BOOLEANS = ("false", "true")  # in their own order
+# Words that hardly anybody gives to false, and to true.
+YES = ("yes", "true", "correct", "right")
+NO = ("no", "false", "incorrect", "wrong")
 # As pandas writes an integer beside an empty cell, and a database a decimal (1.00).
 INTEGER_AS_FLOAT = re.compile(r"(-?\d+)\.0+")
 DECIMAL = re.compile(r"-?\d*\.\d*[1-9]\d*")  # and no integer
@@ -165,13 +168,14 @@ def words_of(
 
     They are in the order of the labels. But if they are the labels themselves, in any order, or the
     words that a prompt of the task has for them, then each keeps its meaning. choices: the words of
-    each prompt.
+    each prompt. Raise ValueError for yes and no in place of false and true.
     """
     word_of_key = {label_key(word): word for word in asked}
     for words in (labels, *choices):
         keys = list(map(label_key, words))
         if word_of_key.keys() == set(keys):
             return tuple(word_of_key[key] for key in keys)
+    check_booleans(labels, asked)
     return tuple(asked)
 
 
@@ -294,7 +298,25 @@ def name_booleans(spellings: dict[str, str], field: str, asked: Sequence[str]) -
             f"--labels has {len(asked)} words, but {field!r} has the labels {list_names(spelled)}: "
             "expected as many words as labels"
         )
+    check_booleans(spelled, asked)
     return Labels(spelled, tuple(asked) or spelled)
+
+
+def check_booleans(labels: Sequence[str], words: Sequence[str]):
+    """Raise ValueError if words such as yes and no stand for false and true. (Of the integers,
+    either may be the yes: in RTE, it is 0.)
+
+    labels: as a file spells them, each with its word.
+    """
+    word_of_label = dict(zip(map(fold_case, labels), words, strict=False))
+    word_of_false = word_of_label.get("false", "")
+    word_of_true = word_of_label.get("true", "")
+    if fold_case(word_of_false) in YES and fold_case(word_of_true) in NO:
+        raise ValueError(
+            f"{word_of_false!r} would stand for false, and {word_of_true!r} for true: expected "
+            f"{word_of_true},{word_of_false} (or a task file with 'labels', in the order of its "
+            "'choices')"
+        )
 
 
 def order_like_choices(labels: Labels, choices: Sequence[Sequence[str]], field: str) -> Labels:
@@ -302,7 +324,8 @@ def order_like_choices(labels: Labels, choices: Sequence[Sequence[str]], field: 
 
     choices: format strings, of each prompt that has its own. The order in which words appear in a
     file does not say which choices they mean, so the words must be the choices of a prompt.
-    Integers and booleans have an order of their own. Raise ValueError for other words.
+    Integers and booleans have an order of their own. Raise ValueError for other words, and for yes
+    and no in place of false and true.
     """
     keys = list(map(fold_case, choices_of(labels.words)))
     for choices_of_prompt in choices:
@@ -319,6 +342,8 @@ def order_like_choices(labels: Labels, choices: Sequence[Sequence[str]], field: 
             f"{list_names(choices[0]):.80}: give 'labels' in the task file, in the order of the "
             "choices"
         )
+    for choices_of_prompt in choices:
+        check_booleans(labels.spelled, choices_of_prompt)
     return labels
 
 

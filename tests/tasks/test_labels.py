@@ -172,6 +172,32 @@ def test_a_name_comes_before_a_label_that_is_spelled_like_it():
     assert name_labels([0, 1], "label", ("1", "0"), ("no", "yes")).spelled == ("1", "0")
 
 
+@pytest.mark.parametrize("values", [(True, False), ("TRUE", "False")])
+@pytest.mark.parametrize("asked", ["yes,no", "Correct,Incorrect", "Yes,false"])
+def test_yes_does_not_stand_for_false(values, asked, tmp_path):
+    """Each label was the other one: yes and no were the words of false and true."""
+    yes, no = asked.split(",")
+    words = f"{yes!r} would stand for false, and {no!r} for true: expected {no},{yes} .or a task fi"
+    with pytest.raises(ValueError, match=words):
+        load(tmp_path, values * 2, labels=asked)
+    assert found_labels(load(tmp_path, values * 2, labels=f"{no},{yes}")) == [1, 0, 1, 0]
+    choices = [yes, no]
+    entry = {"files": "rows.jsonl", "choices": choices, "prompts": [{"text": "{text}"}]}
+    (tmp_path / "task.json").write_text(json.dumps(entry))
+    with pytest.raises(ValueError, match=words):
+        load_task(tmp_path / "task.json")
+    (tmp_path / "task.json").write_text(json.dumps({**entry, "labels": ["false", "true"]}))
+    assert load_task(tmp_path / "task.json").prompts[0].choices == tuple(choices), "it was said"
+    learned = TaskSpec((Prompt("{text}", ("bad", "good")),), labels=("false", "true"))
+    with pytest.raises(ValueError, match=words):
+        with_flags(learned, ColumnFlags(labels=asked))
+
+
+def test_of_integers_either_may_be_the_yes(tmp_path):
+    """In RTE, 0 is entailment."""
+    assert found_labels(load(tmp_path, [1, 0, 1], labels="yes,no")) == [1, 0, 1]
+
+
 def test_the_line_shows_the_words_and_what_they_stand_for(tmp_path):
     line = "reads text, picks label among "
     assert load(tmp_path, [0, 1, 0], labels="neg,pos").columns == line + "neg (0), pos (1)"
@@ -228,7 +254,7 @@ def test_the_names_of_a_class_label_are_the_words(tmp_path):
     ("values", "choices", "shown"),
     [
         (["0", "1"], ["no", "yes"], "no (0), yes (1)"),
-        (["true", "false"], ["yes", "no"], "yes (false), no (true)"),
+        (["true", "false"], ["bad", "good"], "bad (false), good (true)"),
         (["no", "yes"], ["no", "yes"], "no, yes"),
     ],
 )
