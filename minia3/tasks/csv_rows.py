@@ -25,8 +25,8 @@ CSV_ERRORS = {
     "Windows, or put the cell into quotes",
     "unexpected end of data": "a quote is never closed",
 }
-# For Excel alone, some programs write the delimiter into a line before the header.
-EXCEL_LINE = re.compile(r"sep=.\s*", re.IGNORECASE)
+# For Excel, some programs write the delimiter into a line before the header.
+EXCEL_LINE = re.compile(r'sep=(?:([^"\s]|\t)|.)\s*', re.IGNORECASE)
 
 
 class ChoicesCell(str):
@@ -77,9 +77,11 @@ def open_cells(
     first_lines = [next(filled, "")]
     dialect = TSV
     if suffix == ".csv":
-        if EXCEL_LINE.fullmatch(first_lines[0]):
+        excel_line = EXCEL_LINE.fullmatch(first_lines[0])
+        if excel_line:
             first_lines = [next(filled, "")]
-        dialect = {**CSV, "delimiter": find_delimiter(first_lines, rest)}
+        declared = excel_line and excel_line[1]
+        dialect = {**CSV, "delimiter": declared or find_delimiter(first_lines, rest)}
     all_lines = chain(first_lines, rest)
     # `map`, because a generator would end at the first wrong row.
     if suffix != ".csv" or not skips_spaces:
@@ -119,7 +121,7 @@ def read_spaced_cells(
     Such a row is taken only if it has one line and `n_cells` cells (None: any number). Otherwise,
     the csv module reads the line as it is, and the lines of `rest` that it needs to end the row.
     """
-    end = dialect.delimiter
+    end = re.escape(dialect.delimiter)
     if ' "' in line and re.search(f'(?:^|{end}) +"', line):
         quoted_cell = f'"[^"]*(?:""[^"]*)*"(?=[{end}\r\n]|\\Z)'
         other_cell = f"[^{end}]*"

@@ -342,12 +342,33 @@ def test_the_name_of_a_column_may_have_line_breaks(tmp_path, delimiter, names):
     assert column_names(tmp_path / "made.csv") == list(row)
 
 
-@pytest.mark.parametrize("first_line", ["sep=;\r\n", "\ufeffSEP=;\n", "sep=\t\n\n"])
-def test_the_line_that_some_programs_write_for_excel_is_no_header(tmp_path, first_line):
+@pytest.mark.parametrize(
+    ("first_line", "delimiter"),
+    [
+        ("sep=;\r\n", ";"),
+        ("\ufeffSEP=;\n", ";"),
+        ("sep=\t\n\n", "\t"),
+        ("sep=|\n", "|"),
+        ("sep=^\n", "^"),
+        ('sep="\n', ";"),  # which cannot be one, so the header decides
+    ],
+)
+def test_the_line_that_some_programs_write_for_excel_names_the_delimiter(
+    tmp_path, first_line, delimiter
+):
     n_lines = first_line.count("\n")
-    content = f"{first_line}text;label\na, b;x\n"
+    content = first_line + 'text;label\na, b; "x"\n'.replace(";", delimiter)
     assert read(tmp_path / "a.csv", content) == [(n_lines + 2, {"text": "a, b", "label": "x"})]
     assert column_names(tmp_path / "a.csv") == ["text", "label"]
+
+
+def test_the_declared_delimiter_comes_before_one_that_makes_more_columns(tmp_path):
+    content = "sep=;\nReview, all of it, really;label\na;x\n"
+    row = {"Review, all of it, really": "a", "label": "x"}
+    assert read(tmp_path / "a.csv", content) == [(3, row)]
+    assert read(tmp_path / "a.csv", "sep=;\ntext, all of it\na, b\n") == [
+        (3, {"text, all of it": "a, b"})
+    ]
 
 
 def test_spaces_around_the_name_of_a_column_do_not_count(tmp_path):
