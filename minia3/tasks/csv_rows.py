@@ -192,7 +192,8 @@ def parse_cells(cells: list[str], header: list[str], keep_empty: bool) -> dict |
         if not has_all_cells or (len(header) == 1 and cells != [""]):
             return None
         cells = [""] * len(header)
-    if cells == header:
+    # The header of a second file that was appended may begin with a byte order mark.
+    if [cell.removeprefix("\ufeff").strip() for cell in cells] == header:
         raise ValueError("found the header again, expected a row: remove this line")
     if len(cells) != len(header):
         raise ValueError(

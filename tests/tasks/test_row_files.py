@@ -118,6 +118,8 @@ def test_a_prompt_names_an_item_of_a_cell_of_choices(tmp_path):
         ("a", r"expected 2 cells, .*found 1: \['a'\]"),
         ("a,b,c", r"expected 2 cells, .*found 3: "),
         ("input,choices", "found the header again, expected a row"),
+        (" input, choices ", "found the header again, expected a row"),
+        ("\ufeffinput,choices", "found the header again, expected a row"),
         ("a\rb,c", r"a line end \\r without \\n: save the file with the line ends of Unix or Win"),
         ('a,"b" c', "text follows a closing quote: put the whole cell into quotes, and write"),
     ],
