@@ -2,6 +2,7 @@
 
 import csv
 import re
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -29,6 +30,10 @@ CSV_ERRORS = {
 EXCEL_LINE = re.compile(r'sep=(?:([^"\s]|\t)|.)\s*', re.IGNORECASE)
 
 
+class BlankRow(dict):
+    """A row whose cells are all empty. Spreadsheets write many of them after the last row."""
+
+
 class ChoicesCell(str):
     """A cell of the column `choices`. `parse_choices` makes a list of it for a task that picks one
     of the choices, or names an item. To another task, it is a text like that of any cell.
@@ -40,21 +45,24 @@ def read_cell_rows(
 ) -> Iterator[tuple[int, dict | ValueError]]:
     """Yield (line number, row or error) for each row of a .csv or .tsv file.
 
-    Rows of empty cells at the end of the file are left out: spreadsheets write many of them. If
-    another row follows, they count, because otherwise its result would stand a row too high.
+    Rows of empty cells at the end of the file are left out (see `blank_row`). If another row
+    follows, they count, because otherwise its result would stand a row too high.
 
     keep_empty: an empty cell is an empty text, and not missing; and spaces before a quote stay.
     """
     lines = LineReader(file)
     header, records = open_cells(lines, suffix, skips_spaces=not keep_empty)
     parse = partial(parse_cells, header=header, keep_empty=keep_empty)
-    empty_rows = []
+    blank = {}
+    blank_lines = array("q")  # and not their rows, because a small .gz may hold millions of them
     for number, row in number_rows(lines, records, parse):
-        if len(header) > 1 and isinstance(row, dict) and not any(row.values()):
-            empty_rows.append((number, row))
+        if isinstance(row, BlankRow):
+            blank = row
+            blank_lines.append(number)
             continue
-        yield from empty_rows
-        empty_rows.clear()
+        for blank_line in blank_lines:
+            yield blank_line, dict(blank)
+        del blank_lines[:]
         yield number, row
 
 
@@ -187,11 +195,7 @@ def take_header(records: Iterator[list[str]]) -> list[str]:
 def parse_cells(cells: list[str], header: list[str], keep_empty: bool) -> dict | None:
     """Return a row, or None if there is nothing in the line."""
     if not any(map(str.strip, cells)):
-        # In a file with a single column, "" is an empty cell. An empty line has no cell at all.
-        has_all_cells = len(cells) == len(header)
-        if not has_all_cells or (len(header) == 1 and cells != [""]):
-            return None
-        cells = [""] * len(header)
+        return blank_row(cells, header, keep_empty)
     # The header of a second file that was appended may begin with a byte order mark.
     if [cell.removeprefix("\ufeff").strip() for cell in cells] == header:
         raise ValueError("found the header again, expected a row: remove this line")
@@ -206,6 +210,18 @@ def parse_cells(cells: list[str], header: list[str], keep_empty: bool) -> dict |
         if name.lower() == "choices":
             row[name] = ChoicesCell(cell)
     return row
+
+
+def blank_row(cells: list[str], header: list[str], keep_empty: bool) -> dict | None:
+    """Return the row of a line without texts, or None if the line has fewer cells than a row.
+
+    In a file with a single column, an empty line is a row, too, because a sheet with an empty cell
+    is written so. pandas writes "" for the cell, which is a row also at the end of the file.
+    """
+    if len(header) > 1 and len(cells) != len(header):
+        return None
+    row = dict.fromkeys(header, "") if keep_empty else {}
+    return row if cells == [""] else BlankRow(row)
 
 
 def parse_choices(cell: str) -> list | dict:

@@ -86,9 +86,10 @@ def read_rows(
 
     keep_empty: an empty cell is an empty text, and not missing; and spaces before a quote stay.
 
-    A byte order mark, Windows line ends and blank lines are ignored. A row that is larger than
-    16 MB, or not UTF-8, or not JSON in a .json file, is the last to be read. Raise ValueError if
-    the file cannot be opened or is damaged, or if its suffix or its header is wrong.
+    A byte order mark, Windows line ends and blank lines are ignored (but see `blank_row`). A row
+    that is larger than 16 MB, or not UTF-8, or not JSON in a .json file, is the last to be read.
+    Raise ValueError if the file cannot be opened or is damaged, or if its suffix or its header is
+    wrong.
     """
     path = Path(path)
     suffix = rows_suffix(path)

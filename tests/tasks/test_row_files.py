@@ -575,14 +575,34 @@ def test_a_pointer_of_git_lfs_is_named(tmp_path, name):
     assert "a Git LFS pointer in place of the file: run `git lfs pull`" in message
 
 
-def test_an_empty_text_of_a_file_with_one_column_is_a_row_and_a_blank_line_is_none(tmp_path):
-    """pandas writes "" for it. The row was left out, so later results stood a row too high."""
+@pytest.mark.parametrize("end", ["", "\n \n,,\n"], ids=["", "blank lines at the end"])
+def test_a_blank_line_of_a_file_with_one_column_counts_if_another_row_follows(tmp_path, end):
+    """A sheet with an empty cell is written so. The result of each later row stood a row too high.
+    pandas writes "" for such a cell, also at the end.
+    """
     path = tmp_path / "rows.csv"
-    path.write_text('text\na\n\n""\n  \nb\n')
-    assert list(read_rows(path)) == [(2, {"text": "a"}), (4, {}), (6, {"text": "b"})]
-    assert dict(read_rows(path, keep_empty=True))[4] == {"text": ""}
+    path.write_text(f'text\na\n\n""\n  \nb\n{end}')
+    rows = [(2, {"text": "a"}), (3, {}), (4, {}), (5, {}), (6, {"text": "b"})]
+    assert list(read_rows(path)) == rows
+    assert dict(read_rows(path, keep_empty=True))[3] == {"text": ""}
+    path.write_text(f'text\na\n""\n{end}')
+    assert list(read_rows(path)) == [(2, {"text": "a"}), (3, {})]
+    tabs = tmp_path / "rows.tsv"
+    tabs.write_text(f"text\na\n\nb\n{end}".replace(",", "\t"))
+    assert list(read_rows(tabs)) == [(2, {"text": "a"}), (3, {}), (4, {"text": "b"})]
     path.write_text('text,label\na,x\n\n""\nb,y\n')  # neither line has two cells
     assert [number for number, _ in read_rows(path)] == [2, 5]
+
+
+def test_blank_lines_at_the_end_take_little_memory(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text\na\n" + "\n" * 200_000)
+    tracemalloc.start()
+    try:
+        assert list(read_rows(path)) == [(2, {"text": "a"})]
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("end", ["", ",\n , \n"], ids=["", "rows of empty cells at the end"])
