@@ -245,10 +245,16 @@ class QuotedCells:
         # (file, column) -> cells in quotes that have a comma. Excel writes these, even with tabs.
         self.n_with_comma = Counter()
         self.others = set()  # columns with a comma outside quotes, or with quotes for no reason
+        self.n_divided = Counter()  # file -> cells with line breaks, if it has a single column
+        self.divided = set()  # files in which such a cell has begun
+        self.tables = set()  # files with several columns, in which a part of a row is an error
 
     def add(self, path: Path, row: dict):
         """Count the cells of a row. path: its .tsv file."""
+        if len(row) > 1:
+            self.tables.add(path)
         for name, cell in row.items():
+            self.add_part(path, cell)
             is_quoted = len(cell) > 1 and cell.startswith('"') and cell.endswith('"')
             if is_quoted and '""' in cell[1:-1]:
                 self.n_doubled += 1
@@ -257,12 +263,24 @@ class QuotedCells:
             elif is_quoted or "," in cell:
                 self.others.add((path, name))
 
+    def add_part(self, path: Path, cell: str):
+        """Count the cell that ends here, if a file with a single column has it in several rows."""
+        if path in self.tables or cell.count('"') % 2 == 0:
+            return
+        if path in self.divided:
+            self.divided.remove(path)
+            self.n_divided[path] += cell.endswith('"')
+        elif cell.startswith('"'):
+            self.divided.add(path)
+
     def notes(self) -> list[str]:
         """Return a note for each program that seems to have written the files."""
         n_excel = sum(n for key, n in self.n_with_comma.items() if key not in self.others)
+        n_divided = sum(n for path, n in self.n_divided.items() if path not in self.tables)
         counts = {
             "with each quote inside doubled": self.n_doubled,
             "as Excel puts cells that have a comma": n_excel,
+            "with line breaks, which end rows here": n_divided,
         }
         notes = []
         for reason, n_cells in counts.items():

@@ -494,6 +494,26 @@ def test_cells_in_quotes_are_counted_in_a_tsv_file_to_answer(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_cell_with_line_breaks_is_counted_in_a_tsv_file_with_a_single_column(tmp_path, capsys):
+    """Each of its lines was a row, without a word."""
+    file = tmp_path / "rows.tsv"
+    words = ("--labels", "w5,w6", "--input", "{text}")
+    file.write_text('text\n"w3\nw4\nw5"\nw6\n"w7\nw8"\n')
+    assert len(predicted(capsys, running.model("t5"), file, *words)) == 6
+    predict(running.model("t5"), file, *words)
+    assert capsys.readouterr().err == (
+        "minia3: 2 cells of .tsv files are in quotes, with line breaks, which end rows here. The "
+        "model reads all of these quotes: name the file .csv to leave them out\n"
+    )
+    file.rename(tmp_path / "rows.csv")
+    assert len(predicted(capsys, running.model("t5"), tmp_path / "rows.csv", *words)) == 3
+    # In other columns, and without a beginning or an end, quotes are ordinary characters.
+    for content in ('text\tn\n"w3\t1\nw4"\t2\n', 'text\n"w3\n5" w4\n', 'text\nw3"\nw4"\n'):
+        file.write_text(content)
+        predict(running.model("t5"), file, *words)
+        assert capsys.readouterr().err == ""
+
+
 def test_an_empty_text_of_a_published_task_is_not_counted(tmp_path, capsys):
     file = write(tmp_path / "rows.jsonl", [{"premise": "w3", "hypothesis": ""}])
     predict(running.model("t5"), file, "--task", "rte")
