@@ -424,12 +424,16 @@ class Prediction:
 
     @functools.cached_property
     def columns_of_file(self):
-        """The columns of the file of rows. A row of a .csv file lacks those that are empty."""
-        from minia3.tasks.row_files import column_names
+        """The columns of the file of rows. A row of a .csv file lacks those that are empty, and a
+        row of JSON may lack those of other rows.
+        """
+        from minia3.tasks.row_files import column_names, read_rows
+        from minia3.tasks.rows import columns_of_rows
 
         if not Path(self.args.file).is_file():
             return []  # a pipe can be read only once
-        return column_names(self.args.file)
+        columns = column_names(self.args.file)
+        return columns or columns_of_rows(row for _, row in read_rows(self.args.file))
 
     def warn_once(self, name):
         """Warn if an adapter writes that was not trained to stop. name: of the adapter, or None."""

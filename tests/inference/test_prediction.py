@@ -751,11 +751,25 @@ def test_the_answer_of_the_file_is_still_a_column_of_the_results(row, tmp_path, 
     file = write(tmp_path / "rows.jsonl", [row, {"input": "w3"}])
     words = [running.model("t5"), file, "--max-new-tokens", 2, "--columns"]
     answered = predicted(capsys, *words[:-1], "--columns", "input,output")
-    error = fails(capsys, *words, "input,target,output")
-    assert "'target' is not in row 1; it has input, " in error
+    found = predicted(capsys, *words, "input,target,output")
+    assert found == [{**answered[0], "target": "w9"}, {**answered[1], "target": None}]
+    error = fails(capsys, *words, "input,goal,output")
+    assert "'goal' is not in row 0; it has input, " in error
     write(file, [row])
     (found,) = predicted(capsys, *words, "input,target,output")
     assert found == {**answered[0], "target": "w9"}
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_a_row_of_json_may_lack_a_column_that_others_have(name, tmp_path, capsys):
+    """The command stopped in the middle of the file."""
+    rows = [{"input": "w3"}, {"id": 1.5, "input": "w3"}]
+    content = json.dumps(rows) if name.endswith(".json") else lines(rows)
+    (tmp_path / name).write_text(content)
+    words = [running.model("t5"), tmp_path / name, "--labels", "w4,w5", "--columns", "id,input"]
+    assert predicted(capsys, *words) == [{"id": None, "input": "w3"}, {"id": 1.5, "input": "w3"}]
+    predict(*words, "--out", tmp_path / "out.csv")
+    assert (tmp_path / "out.csv").read_text() == "id,input\n,w3\n1.5,w3\n"
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
