@@ -282,11 +282,13 @@ def naming_columns(fields: Mapping[str, str]) -> Iterator[None]:
 
 
 def read_idx(value, number: int) -> int:
-    """Return a row's `idx` if it is an integer, also as a text of a .csv file, or else `number`."""
-    if isinstance(value, str) and INTEGER.fullmatch(value):
-        return int(value)
-    is_integer = type(value) is int  # not isinstance, because a bool is an instance of int
-    return value if is_integer else number
+    """Return a row's `idx` if it is an integer, also as a text of a .csv file, or else `number`.
+
+    pandas writes an integer beside an empty cell as 100.0.
+    """
+    is_number = isinstance(value, str | int | float) and not isinstance(value, bool)
+    text = label_text(value) if is_number else None
+    return int(text) if text and INTEGER.fullmatch(text) else number
 
 
 def read_label(row: dict, spec: TaskSpec, may_be_hidden: bool) -> int:

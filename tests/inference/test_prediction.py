@@ -802,10 +802,10 @@ def test_an_empty_cell_is_not_filled_by_a_column_that_is_not_read(tmp_path, caps
 
 def test_the_idx_of_a_row_is_that_of_its_file_if_it_is_an_integer(tmp_path, capsys):
     path = tmp_path / "rows.csv"
-    ids = ("17", "-3", "q7", "", "07")
+    ids = ("17", "-3", "q7", "", "07", "100.0")
     path.write_text("idx,input,choices\n" + "".join(f"{idx},w4,w5|w6\n" for idx in ids))
     found = predicted(capsys, running.model("t5"), path, "--columns", "idx,choice")
-    assert [result["idx"] for result in found] == [17, -3, 2, 3, 4]
+    assert [result["idx"] for result in found] == [17, -3, 2, 3, 4, 100]
 
 
 # Pipes

@@ -3,6 +3,7 @@ line.
 """
 
 import json
+import math
 import re
 
 import pytest
@@ -10,10 +11,21 @@ from task_files import PARTS, SPLIT_NAMES, YES_OR_NO, choice, lines, target
 
 from minia3.tasks.known_tasks import known_tasks
 from minia3.tasks.prompts import render
+from minia3.tasks.rows import read_idx
 from minia3.tasks.splits import load_task
 from minia3.tasks.task import Source, TaskSpec
 
 # Checking rows
+
+
+@pytest.mark.parametrize(
+    ("value", "idx"),
+    [(100.0, 100), ("100.0", 100), (-3, -3), (1.5, 9), (True, 9), (math.nan, 9), ("07", 9)],
+)
+def test_the_idx_of_a_row_is_an_integer_or_its_number(value, idx):
+    """pandas writes 100.0 for 100 beside an empty cell, and the number was taken in its place."""
+    found = read_idx(value, 9)
+    assert (found, type(found)) == (idx, int)
 
 
 EMPTY_CELLS = [
