@@ -38,7 +38,7 @@ from minia3.tasks.messages import (
     in_openai_form,
     parse_tools,
 )
-from minia3.tasks.names import nearest_of
+from minia3.tasks.names import list_names, nearest_of
 from minia3.tasks.prompts import Prompt, render
 from minia3.tasks.row_files import column_names, read_rows
 from minia3.tasks.task import TaskSpec
@@ -343,7 +343,9 @@ def normalize_user_row(row: dict, spec: TaskSpec, split: str, in_file: Container
     row.pop("messages", None)  # a column that is not used
     list_choices(row, spec)
     if not spec.prompts[0].choices and not spec.prompts[0].target:
-        unpack_choices(row, spec.label_field)
+        letters = unpack_choices(row)
+        if split != PREDICTED:
+            find_letter(row, spec.label_field, letters)
     for prompt in spec.prompts:
         check_input(row, prompt, in_file)
         if prompt.choices or split != PREDICTED:
@@ -369,22 +371,39 @@ def list_choices(row: dict, spec: TaskSpec):
         row[name] = parse_choices(row[name])
 
 
-def unpack_choices(row: dict, label_field: str):
-    """Make a list of an object of choices and their letters, and a position of the right letter.
+def unpack_choices(row: dict) -> list[str]:
+    """Make a list of an object of choices and their letters, and return the letters.
 
     ARC, CommonsenseQA and OpenBookQA have {"text": ["red", "blue"], "label": ["A", "B"]}.
     """
     choices = row.get("choices")
     if not isinstance(choices, dict) or choices.keys() != {"text", "label"}:
-        return
+        return []
     letters = choices["label"]
     are_pairs = isinstance(choices["text"], list) and isinstance(letters, list)
-    if are_pairs and len(letters) == len(choices["text"]):
-        row["choices"] = choices["text"]
-        letters = [str(letter).strip() for letter in letters]  # which may be numbers
-        right = str(row.get(label_field)).strip()
-        if right in letters:
-            row[label_field] = letters.index(right)
+    if not are_pairs or len(letters) != len(choices["text"]):
+        return []
+    row["choices"] = choices["text"]
+    return [str(letter).strip() for letter in letters]  # which may be numbers
+
+
+def find_letter(row: dict, label_field: str, letters: list[str]):
+    """Put the position of the right choice in place of its letter. A label may also be its words.
+
+    Raise ValueError for the text of a number that is no letter: it could count from 0 or from 1.
+    """
+    label = row.get(label_field)
+    is_scalar = isinstance(label, str | int | float)
+    right = label_text(label) if is_scalar else None
+    if right in letters:
+        row[label_field] = letters.index(right)
+        return
+    is_number = isinstance(label, str) and INTEGER.fullmatch(right or "")
+    if letters and is_number and right != "-1":
+        raise ValueError(
+            f"{label_field!r} is {label!r}, expected the letter of a choice: "
+            f"{list_names(letters):.80}"
+        )
 
 
 def check_input(row: dict, prompt: Prompt, in_file: Container[str]):

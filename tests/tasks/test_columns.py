@@ -973,7 +973,22 @@ def test_a_column_with_brackets_in_its_name_is_a_label_of_its_own(tmp_path):
     assert not has_columns([{"text": "a"}], spec)
 
 
-@pytest.mark.parametrize(("letters", "right"), [([1, 2, 3], "1"), (["1", "2", "3"], 1)])
+@pytest.mark.parametrize("right", ["2", " 2.0"])
+def test_a_number_beside_choices_with_letters_is_no_position(right, tmp_path):
+    """The choice C was learned. Whoever counts from 1 means B."""
+    row = {"question": "q", "choices": {"text": ["x", "y", "z"], "label": ["A", "B", "C"]}}
+    words = rf"'answerKey' is '{right}', expected the letter of a choice: A, B, C(;|$)"
+    with pytest.raises(ValueError, match=words):
+        load(tmp_path, {**row, "answerKey": right})
+    task = load(tmp_path, {**row, "answerKey": "C"})
+    asked = normalize_row({**row, "answerKey": right}, task.spec, PREDICTED, 0)
+    assert asked["choices"] == ["x", "y", "z"], "answers of rows to predict do not matter"
+    assert normalize_row({**row, "answerKey": "-1"}, task.spec, "test", 0)["label"] == -1
+
+
+@pytest.mark.parametrize(
+    ("letters", "right"), [([1, 2, 3], "1"), (["1", "2", "3"], 1), (["1", "2", "3"], 1.0)]
+)
 def test_numbers_that_stand_for_choices_are_no_positions(letters, right, tmp_path):
     row = {"question": "q", "choices": {"text": ["x", "y", "z"], "label": letters}}
     task = load(tmp_path, {**row, "answerKey": right})
