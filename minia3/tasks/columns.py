@@ -94,7 +94,17 @@ class Columns(ColumnNames):
         """fields: see ColumnNames. origin: the name of the file, for messages."""
         super().__init__(chain.from_iterable(rows), fields)
         self.rows = rows
+        self.fields = fields
         self.origin = origin
+
+    def filled(self) -> ColumnNames:
+        """Return the columns that have a value in any row. In JSON, a column may be null in all."""
+        lacking = set(self.found)
+        for row in self.rows:
+            if not lacking:
+                break
+            lacking = {name for name in lacking if row.get(name) is None}
+        return ColumnNames([name for name in self.found if name not in lacking], self.fields)
 
     def values(self, name: str) -> Iterable:
         """Return the values of a column, or of an item of it."""

@@ -450,6 +450,9 @@ def check_own_answer(row: dict, split: str, in_file: Container[str]):
         if row.get("choices") is None:
             row.pop("choices", None)
             return
+    for name, other in (("target", "choices"), ("choices", "target")):
+        if row.get(name) is None and row.get(other) is not None:
+            row.pop(name, None)
     if ("target" in row) == ("choices" in row):
         raise ValueError(
             f"expected either 'target', or 'choices' and 'label'; found {list(row)!r:.100}"

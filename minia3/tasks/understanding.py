@@ -132,7 +132,7 @@ def understand(
     if roles.messages:
         notes += notes_on_verdicts(columns, roles.messages)
     elif not roles.has_row_choices:
-        notes += notes_on_choices(ignored_columns(columns, roles))
+        notes += notes_on_choices(columns, roles)
     return Understanding(spec, describe(columns, roles, labels), notes)
 
 
@@ -145,7 +145,7 @@ def assign_roles(columns: Columns, spec: TaskSpec, flags: ColumnFlags) -> Column
     if given.label:
         label = columns.column_of(given.label)
         columns.check_name(label, "the task file's 'label_field' (default: label)")
-        given = given._replace(has_row_choices="choices" in columns)
+        given = given._replace(has_row_choices="choices" in columns.filled())
     roles = with_usual_columns(given, columns)
     if roles.messages:
         if flags.labels:
@@ -202,9 +202,11 @@ def with_usual_columns(roles: ColumnRoles, columns: Columns) -> ColumnRoles:
     if roles.label:
         used.append(columns.column_of(roles.label))
     picks = any(prompt.choices for prompt in roles.prompts)
-    found = find_set(columns, needs_input, needs_answer, used, picks)
+    found = find_set(columns.filled(), needs_input, needs_answer, used, picks)
     if found is None and needs_input and needs_answer:
         found = find_conversation(columns)
+    if found is None:  # a column that is null in all rows is an error of its own
+        found = find_set(columns, needs_input, needs_answer, used, picks)
     if found is None:
         raise ValueError(explain(columns, needs_answer, used))
     if found.is_conversation:
@@ -381,10 +383,12 @@ def notes_on_verdicts(columns: Columns, messages: str) -> list[str]:
     ]
 
 
-def notes_on_choices(ignored: Iterable[str]) -> list[str]:
+def notes_on_choices(columns: Columns, roles: ColumnRoles) -> list[str]:
     """Return a note if the choices of a question stand in columns that the model does not read:
     `options`, or A, B, C, or option_a, option_b, option_c, or choice1, choice2.
     """
+    filled = columns.filled().found
+    ignored = [name for name in ignored_columns(columns, roles) if name in filled]
     found = [name for name in ignored if fold_case(name) in CHOICE_LISTS]
     groups = defaultdict(list)
     for name in ignored:
@@ -448,9 +452,11 @@ def guess_task(row: dict, flags: ColumnFlags, columns: Iterable[str] = ()) -> Ta
     """
     is_said = bool(flags.input or flags.labels)
     columns_of_row = Columns([row], {}, "")
-    if "messages" in columns_of_row and not is_said:
+    filled = columns_of_row.filled()
+    if "messages" in filled and not is_said:
         return TaskSpec(messages="messages")
-    found = find_inputs(columns_of_row) or find_inputs(ColumnNames(columns, {}))
+    found = find_inputs(filled) or find_inputs(columns_of_row)
+    found = found or find_inputs(ColumnNames(columns, {}))
     conversation = find_conversation(columns_of_row)
     if found is None and conversation is not None and not is_said:
         return with_conversation(TaskSpec(), conversation.names[0])

@@ -1310,6 +1310,42 @@ def test_answers_that_are_labeled_as_bad_are_not_learned_unnoticed(good, bad, tm
     assert load(tmp_path, *rows).columns.endswith("writes completion; ignores Label")
 
 
+def test_a_column_that_is_null_in_every_row_of_json_is_none(tmp_path):
+    """pandas writes it for files of several kinds, and no row could be read."""
+    row = {"input": "a", "target": "b", "choices": None, "messages": None}
+    task = load(tmp_path, row)
+    assert task.columns == "reads input, writes target; ignores choices, messages"
+    assert len(task.notes) == 1, "only that the file is split"
+    assert rendered(task) == [("a", ["b"], 0)]
+    row = {"input": "a", "choices": ["x", "y"], "label": 1, "target": None}
+    assert rendered(load(tmp_path, row)) == [("a", ["x", "y"], 1)]
+    row = {"input": None, "sentence": "a", "choices": None, "label": "x"}
+    task = load(tmp_path, row, {**row, "label": "y"})
+    assert rendered(task) == [("a", ["x", "y"], 0), ("a", ["x", "y"], 1)]
+    entry = {"label_field": "mood", "prompts": [{"text": "{text}"}]}
+    task = load_described(tmp_path, entry, {"text": "a", "mood": "x", "choices": None})
+    assert rendered(task) == [("a", ["x"], 0)]
+    file_row = {"input": None, "text": "a", "messages": None}
+    spec = guess_task(file_row, ColumnFlags())
+    assert normalize_row(file_row, spec, PREDICTED, 0)["text"] == "a"
+    assert spec.prompts[0].text == "{text}"
+    # What a task needs is missed as before.
+    with pytest.raises(ValueError, match="'label' is empty in every row, expected labels"):
+        load(tmp_path, {"text": "a", "label": None})
+    task = load(tmp_path, {"a": "x", "b": None, "c": "z"}, input="{a} {b}", target="{c}")
+    assert rendered(task) == [("x", ["z"], 0)]
+
+
+def test_the_choices_of_a_row_may_be_null_beside_a_target_and_the_other_way_round(tmp_path):
+    rows = [
+        {"input": "a", "choices": ["x", "y"], "label": 1, "target": None},
+        {"input": "b", "choices": None, "label": None, "target": "z"},
+    ]
+    with pytest.raises(ValueError, match="3 rows have 'target', the others 'choices': expected"):
+        load(tmp_path, *rows)
+    assert rendered(load(tmp_path, rows[0], rows[0])) == [("a", ["x", "y"], 1)] * 2
+
+
 @pytest.mark.parametrize(
     ("flags", "advice"),
     [
