@@ -24,6 +24,7 @@ from minia3.tasks.column_flags import (
 )
 from minia3.tasks.columns import (
     CHOICE_LISTS,
+    N_FIRST_ROWS,
     ColumnNames,
     Columns,
     ColumnSet,
@@ -385,7 +386,8 @@ def notes_on_verdicts(columns: Columns, messages: str) -> list[str]:
 
 def notes_on_choices(columns: Columns, roles: ColumnRoles) -> list[str]:
     """Return a note if the choices of a question stand in columns that the model does not read:
-    `options`, or A, B, C, or option_a, option_b, option_c, or choice1, choice2.
+    `options`, or A, B, C, or option_a, option_b, option_c, or choice1, choice2, or a list `choice`
+    (a text of this name may say what somebody chose).
     """
     filled = columns.filled().found
     ignored = [name for name in ignored_columns(columns, roles) if name in filled]
@@ -400,6 +402,10 @@ def notes_on_choices(columns: Columns, roles: ColumnRoles) -> list[str]:
         is_choice = fold_case(stem).rstrip("_") in NUMBERED_CHOICES
         if marks.startswith("abc") or (is_numbered and is_choice):
             found += names
+    rows = columns.rows[:N_FIRST_ROWS]
+    for name in ignored:
+        if fold_case(name) == "choice" and any(isinstance(row.get(name), list) for row in rows):
+            found.append(name)
     if not found:
         return []
     return [

@@ -1210,6 +1210,9 @@ def numbered(name, *numbers):
         # HellaSwag
         ({"text": "a", "endings": ["x", "y"], "label": "1"}, "endings"),
         ({"text": "a", "candidates": ["x", "y"], "label": 1}, "candidates"),
+        # DREAM
+        ({"dialogue": ["a"], "question": "b", "choice": ["x", "y"], "answer": "y"}, "choice"),
+        ({"question": "b", "choice": "x", "answer": "y"}, ""),
         ({"text": "a", "": 1, "source_a": "x", "source_b": "y", "c": 1, "label": "x"}, ""),
         ({"text": "a", "sentence1": "x", "sentence2": "y", "label": 1}, ""),
         ({"text": "a", "answer2": "x", "option7": "y", "label": 1}, ""),
