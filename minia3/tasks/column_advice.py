@@ -47,6 +47,9 @@ ANSWER_WORDS = (
     "rating",
 )
 
+# What a column that the model reads is often called, beyond the names in COLUMN_SETS.
+INPUT_NAMES = ("query", "prompt", "problem")
+
 MANY_ROWS = 1000  # enough to see that values repeat
 # Columns of few values that say where a row is from.
 ORIGINS = ("split", "source", "dataset", "domain", "lang", "language", "type")
@@ -185,8 +188,13 @@ def advise_pairs(columns: Columns) -> str:
 def advise_flags(columns: Columns) -> str:
     """Return the flags that say which columns are the input and the target."""
     lengths = text_lengths(columns)
+
     # The longest texts are the input, most of the time.
-    longest = sorted(lengths, key=lambda place: (is_record(place), -lengths[place]))
+    def rank(place):
+        is_usual = fold_case(place[0]) in INPUT_NAMES
+        return is_record(place), not is_usual, -lengths[place]
+
+    longest = sorted(lengths, key=rank)
     target = find_answer(lengths) or find_answer(list_items(columns))
     sources = find_usual_inputs(columns, target)
     candidates = [place for place in longest if place not in sources]

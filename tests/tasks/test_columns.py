@@ -1112,6 +1112,12 @@ def test_columns_that_say_too_little_are_answered_with_what_would_do(row, words,
             "{problem}",
             "{solution}",
         ),
+        # The function calls of xlam
+        (
+            {"id": 1, "query": "how warm?", "answers": "[{name: warmth}]", "tools": "a long text"},
+            "{query}",
+            "{answers}",
+        ),
         # MBPP
         (
             {"task_id": 1, "text": "add one", "code": "def f(a):\n    return a + 1"}
