@@ -192,7 +192,7 @@ def has_splits(folder: Path) -> bool:
 
 
 def describe_unused(paths: list[Path], files: dict[str, list[Path]]) -> list[str]:
-    """Return a note that names the files of rows that are not used, if there are any.
+    """Return a note that names the files and folders of rows that are not used, if there are any.
 
     Raise ValueError if a name is nearly that of a split that is missing. It may be a typo, and a
     run without its own test rows would report on others.
@@ -208,11 +208,28 @@ def describe_unused(paths: list[Path], files: dict[str, list[Path]]) -> list[str
                 f"{path}: not the name of a split, and there is no file of {split}: "
                 f"{advise_split(path, split)}, or move it elsewhere"
             )
-        if split or rows_suffix(path):
+        if split or may_hold_rows(path):
             names.append(path.name)
     if not names:
         return []
     return [f"not used, because not named like a split: {list_names(names, N_SHOWN)}"]
+
+
+def may_hold_rows(path: Path) -> bool:
+    """Return whether an entry of a folder is a file of rows, also in a format that is not read, or
+    a folder with such files.
+    """
+    if path.is_dir():
+        with suppress(OSError):
+            return any(is_file_of_rows(entry) for entry in path.iterdir())
+        return False
+    return is_file_of_rows(path)
+
+
+def is_file_of_rows(path: Path) -> bool:
+    is_other = bool(remedy(path)) and path.suffix.lower() != ".txt"  # which is mostly prose
+    has_rows = bool(rows_suffix(path)) or is_other
+    return has_rows and path.name not in SIDE_FILES and not path.name.startswith(".")
 
 
 def advise_split(path: Path, split: str) -> str:

@@ -198,6 +198,21 @@ def test_every_file_of_rows_that_is_not_used_is_named(tmp_path):
     assert note.endswith(": a.jsonl, b.jsonl, c.jsonl, d.jsonl, e.jsonl and 2 more")
 
 
+@pytest.mark.parametrize("name", ["extra.jsonl.zst", "extra.ndjson", "extra.xlsx", "extra.tsv.gz"])
+def test_a_file_that_may_hold_rows_in_another_format_is_named(tmp_path, name):
+    fill(tmp_path, "train.jsonl", "val.jsonl", "test.jsonl", name, "LICENSE.txt", "more.png")
+    assert found(tmp_path)[1] == [f"not used, because not named like a split: {name}"]
+
+
+def test_a_folder_that_has_files_of_rows_is_named(tmp_path):
+    fill(tmp_path, "train.jsonl", "val.jsonl", "test.jsonl")
+    fill(tmp_path / "more", "a.csv")
+    fill(tmp_path / "packed", "a.zip")
+    fill(tmp_path / "pictures", "a.png", "dataset_info.json", ".b.csv", "c.txt")
+    (tmp_path / "empty").mkdir()
+    assert found(tmp_path)[1] == ["not used, because not named like a split: more, packed"]
+
+
 # Folders without splits
 
 
