@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -252,6 +253,23 @@ def resembled_split(path: Path) -> str | None:
 
 
 # Names of tasks that do not exist
+
+
+def check_names(names: Sequence[str]):
+    """Raise ValueError if some of several names of tasks are wrong. It names each of them, because
+    commas may have divided a single path.
+    """
+    wrong = []
+    for name in names:
+        is_known = name in known_tasks() or name.startswith(HUB_PREFIX)
+        if not is_known and not os.path.exists(name):
+            wrong.append(unknown_task(name))
+    if wrong and len(names) > 1:
+        problems = "; ".join(wrong)
+        raise ValueError(
+            f"{len(wrong)} of the {len(names)} tasks of --task cannot be found (commas divide "
+            f"them): {problems}"
+        )
 
 
 def unknown_task(name: str) -> str:

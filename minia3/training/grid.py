@@ -4,9 +4,10 @@ import dataclasses
 import math
 
 from minia3.checkpoints.chat import read_template
+from minia3.files.home import expand_home
 from minia3.tasks.column_flags import ColumnFlags
 from minia3.tasks.mixture import make_mixture
-from minia3.tasks.split_files import short_name
+from minia3.tasks.split_files import check_names, short_name
 from minia3.tasks.splits import load_task
 from minia3.training.cell import Cell
 from minia3.training.flags import as_tuple, expand_grid
@@ -17,8 +18,10 @@ from minia3.training.rules import check_first_evaluation
 def make_cells(config):
     """Return the cells of the grid.
 
-    Raise ValueError if two of them have the same folder, or if none needs --chat-template.
+    Raise ValueError if a task has a wrong name, if two cells have the same folder, or if none needs
+    --chat-template.
     """
+    check_names([str(expand_home(name)) for name in as_tuple(config.task)])
     loaded = {}  # cells of the same seed share the rows of a task
     cells = []
     for cell_config in expand_grid(config, config.axes):

@@ -11,6 +11,7 @@ from task_files import lines, target
 
 from minia3.tasks.row_files import SUFFIXES
 from minia3.tasks.split_files import (
+    check_names,
     describe_missing_path,
     find_split_files,
     looks_like_path,
@@ -300,6 +301,20 @@ def test_the_nearest_path_that_exists_is_named_and_no_known_task(
         load_task(name)
     assert "Known tasks" not in str(error.value)
     assert str(error.value) == describe_missing_path(name)
+
+
+def test_each_wrong_name_of_several_is_named(tmp_path, monkeypatch):
+    """The message about --task missing,x.jsonl was about "missing" alone."""
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path, "rows.csv")
+    words = (
+        r"^2 of the 3 tasks of --task cannot be found \(commas divide them\): 'missing' is not a "
+        r"known task, .*; x.jsonl: no such file or folder$"
+    )
+    with pytest.raises(ValueError, match=words):
+        check_names(["missing", "rows.csv", "x.jsonl"])
+    check_names(["rte", "rows.csv", "hf:user/name"])
+    check_names(["missing"])  # which is an error of its own
 
 
 def test_an_absolute_path_that_leads_nowhere_ends_at_the_root():

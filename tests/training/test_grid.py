@@ -394,6 +394,7 @@ def test_two_adapters_whose_names_are_one_folder_are_refused(names, tmp_path, ca
     def load_under_name(name, *args, **flags):
         return data._replace(name=name)
 
+    monkeypatch.setattr("minia3.training.grid.check_names", lambda names: None)
     monkeypatch.setattr("minia3.training.grid.load_task", load_under_name)
     message = f"a different name for each adapter, found {names.split(',')}"
     fails(words(tmp_path / "run", task=names), capsys, message, "as folders")

@@ -18,6 +18,7 @@ from written_out import adapter
         ({"model": "nowhere/to/be/found"}, ["nowhere/to/be/found", "info --list"]),
         ({"task": "rt"}, ["'rt' is not a known task", "did you mean 'rte'?"]),
         ({"task": "nowhere.jsonl"}, ["nowhere.jsonl", "no such file or folder"]),
+        ({"task": "missing,x.csv"}, ["2 of the 2 tasks of --task", "'missing'", "x.csv"]),
         ({"adapter": "nowhere"}, ["nowhere", "expected the folder or file of an adapter"]),
         ({"device": "gpu"}, ["--device is 'gpu'", "expected a device that this machine has"]),
         ({"device": "meta"}, ["--device is 'meta'", "expected a device that this machine has"]),
