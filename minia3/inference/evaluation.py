@@ -10,7 +10,7 @@ The result of an evaluation is a dictionary, because it becomes part of a line o
     n_cut      how many rows have an input that was too long and lost words
     n_equal    how many rows have two choices with the same tokens, if there are choices
     n_lossy    how many targets the tokenizer cannot write exactly, if the metric is exact_match
-    n_too_long how many targets have more tokens than are generated, if the metric is exact_match
+    n_too_long how many targets have more tokens than are generated, if texts are generated
     n_wordless how many targets rouge_l finds no words in, if the metric is rouge_l
     n_ends_cut how many targets lost their end, if the metric is inverse_perplexity
     tokens     how many tokens a row and its choices have, on average
@@ -74,7 +74,8 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
     `help("minia3.inference.evaluation")` explains its keys. rows: those of a task, or dicts such as
     {"input": "2 + 2 =", "choices": ["3", "4"], "label": 1}. prompt: one of `task.prompts`.
     metric: one of those in metrics.py. Choices are ranked by their mean log-probability per token.
-    Texts are generated, and compared with the target. The inverse perplexity scores the target.
+    Texts of at most `max_new_tokens` are generated, and compared with the target. The inverse
+    perplexity scores the target.
     shots: rows that come before each row with their answers, as many as fit into `max_length`
     tokens (in-context learning, Brown et al. 2020, 2005.14165; see `fit` in tasks/prompts.py).
 
@@ -97,8 +98,7 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
         if metric in TEXT_METRICS:
             texts = write_answers(model, tokenizer, examples, shots, max_new_tokens, options)
             result = text_result(metric, texts, rendered, tokenizer)
-            if metric == "exact_match":
-                result |= count_unmatchable(rendered, examples, tokenizer, max_new_tokens)
+            result["n_too_long"] = count_too_long(examples, max_new_tokens)
         elif metric == INVERSE_PERPLEXITY:
             result = perplexity_result(*total_logprobs(model, examples, **options), n_ends_cut)
         else:
@@ -233,22 +233,23 @@ def text_result(metric, texts, rendered, tokenizer):
     target itself.
     """
     targets = [row.choices[0] for row in rendered]
+    counts = {}
     if metric == "exact_match":
+        counts["n_lossy"] = sum(loses_characters(target, tokenizer) for target in targets)
         targets = [written_target(target, tokenizer) for target in targets]
-    result = {"accuracy": float(TEXT_METRICS[metric](texts, targets)), "auc": None}
     if metric == "rouge_l":
-        result["n_wordless"] = len(targets) - sum(map(has_rouge_words, targets))
-    return result
+        counts["n_wordless"] = len(targets) - sum(map(has_rouge_words, targets))
+    value = float(TEXT_METRICS[metric](texts, targets))
+    return {"accuracy": value, "auc": None, **counts}
 
 
-def count_unmatchable(rendered, examples, tokenizer, max_new_tokens):
-    """Return how many targets lose characters, and how many are too long to be written."""
-    is_lossy = [loses_characters(row.choices[0], tokenizer) for row in rendered]
+def count_too_long(examples, max_new_tokens):
+    """Return how many targets are longer than any text that is generated."""
     is_too_long = []
     for example in examples:
         n_to_write = len(example.targets[0]) - 1  # the end token need not be written
         is_too_long.append(n_to_write > max_new_tokens)
-    return {"n_lossy": sum(is_lossy), "n_too_long": sum(is_too_long)}
+    return sum(is_too_long)
 
 
 def perplexity_result(logp_N, n_tokens_N, n_ends_cut):

@@ -133,7 +133,7 @@ def count_repeated(train_rows, report_rows, names):
     return n_repeated
 
 
-def notes_on_texts(result, max_new_tokens):
+def notes_on_texts(metric, result, max_new_tokens):
     """Return what an evaluation has noticed about the texts of its rows."""
     notes = []
     n_rows = result["n"]
@@ -143,9 +143,12 @@ def notes_on_texts(result, max_new_tokens):
             "cannot write: exact match compares with the target as it writes it"
         )
     if result.get("n_too_long"):
+        effect = ": the texts that are compared with them end there"
+        if metric == "exact_match":
+            effect = ", which cannot be matched"
         notes.append(
             f"{part_having(result['n_too_long'], n_rows, 'target')} more than {max_new_tokens} "
-            "tokens (--max-new-tokens), which cannot be matched"
+            f"tokens (--max-new-tokens){effect}"
         )
     if result.get("n_wordless"):
         notes.append(

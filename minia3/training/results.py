@@ -35,7 +35,7 @@ def evaluate_before(run, group, cell, baselines):
         result = baselines.find(group, cell, assignment)
         run.write("before", step=0, metric=task.metric, **cell.key_of(task), **result)
         print(f"before   {cell.title_of(task)}{describe(task.metric, result)}", flush=True)
-        for note in notes_on_texts(result, cell.config.max_new_tokens):
+        for note in notes_on_texts(task.metric, result, cell.config.max_new_tokens):
             print(f"note     {cell.title_of(task)}{note}", flush=True)
         results.append(result)
     return results

@@ -10,6 +10,7 @@ import torch
 from running import fails, metrics, model, run, task, train, words, write
 
 import minia3
+from minia3.inference.metrics import TEXT_METRICS
 from minia3.training.assignment import assign_rows
 from minia3.training.cell import Cell
 from minia3.training.doubts import (
@@ -248,13 +249,24 @@ def test_a_result_below_the_commonest_label_or_below_the_start_is_doubtful():
 def test_what_an_evaluation_noticed_about_texts_is_said_in_words():
     result = {"n": 9, "n_lossy": 2, "n_too_long": 3, "n_ends_cut": 1, "n_equal": 4}
     result["n_wordless"] = 5
-    lossy, too_long, wordless, ends_cut, equal = notes_on_texts(result, 64)
+    lossy, too_long, wordless, ends_cut, equal = notes_on_texts("exact_match", result, 64)
     assert lossy.startswith("2 of 9 targets have characters that the tokenizer cannot write")
     assert too_long.startswith("3 of 9 targets have more than 64 tokens (--max-new-tokens)")
     assert wordless.startswith("5 of 9 targets have no letter from a to z and no digit")
     assert ends_cut.startswith("1 of 9 targets has more tokens than --max-target-length")
     assert equal.startswith("4 of 9 rows have two choices that are the same text to the tokenizer")
-    assert notes_on_texts({"n": 9, "n_lossy": 0, "n_too_long": 0}, 64) == []
+    assert notes_on_texts("exact_match", {"n": 9, "n_lossy": 0, "n_too_long": 0}, 64) == []
+
+
+@pytest.mark.parametrize("metric", sorted(TEXT_METRICS))
+def test_what_a_target_that_is_too_long_does_to_each_metric_is_said(metric):
+    """A text of 200 tokens that was perfect had a BLEU of 0.12, and nothing was said."""
+    (note,) = notes_on_texts(metric, {"n": 9, "n_too_long": 1}, 64)
+    subject = "1 of 9 targets has more than 64 tokens (--max-new-tokens)"
+    effect = ": the texts that are compared with them end there"
+    if metric == "exact_match":
+        effect = ", which cannot be matched"
+    assert note == subject + effect
 
 
 # In a run
