@@ -104,13 +104,16 @@ def generate(  # noqa: PLR0913 (the contract)
     return generate_texts(model, tokenizer, prompts, adapter, options)
 
 
-def generate_texts(model, tokenizer, prompts, adapter, options):
-    """Return what `generate` returns. options: an Options."""
-    pieces = generate_pieces(model, tokenizer, prompts, adapter, options)  # which checks them
+def generate_texts(model, tokenizer, prompts, adapter, options, cut=None):
+    """Return what `generate` returns. options: an Options. cut: see `generate_pieces`."""
+    # This checks the options.
+    pieces = generate_pieces(model, tokenizer, prompts, adapter, options, cut)
     n_texts = len(prompts) * options.samples
     texts = [""] * n_texts
     for i, piece in pieces:
         texts[i] += piece
+    if cut is not None:
+        cut.update(combine(set.union, cut))  # those that other processes have cut
     return combine(join_texts, texts)
 
 

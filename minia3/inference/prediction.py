@@ -8,6 +8,7 @@ Rows are read, answered and written in chunks, so that memory does not grow with
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from minia3.files.ahead import read_ahead
 from minia3.files.messages import plural
 from minia3.files.processes import dividing
 from minia3.files.read import reading
-from minia3.inference.decoding import generate
+from minia3.inference.decoding import generate_texts
 from minia3.inference.options import Options
 from minia3.inference.scoring import (
     check_example,
@@ -316,32 +317,40 @@ def predict(model, tokenizer, inputs, adapters, *, batch_size=16, max_new_tokens
     The result of a row with choices has "idx", "label", "choice" and "scores" (the mean
     log-probability per token of each choice), and "word" (the label as the task's files spell it)
     if the task has labels. The result of a row without choices has "idx" and "output", the text
-    that continues it. adapters: an Adapters.
+    that continues it. adapters: an Adapters. Warn after the last row of outputs that were cut.
 
     Raise ValueError if batch_size or max_new_tokens is below 1, and, with the row's idx, if a score
     is not finite.
     """
-    # `generate` checks them, too, but rows with choices may have been answered before.
-    Options(batch_size=batch_size, max_new_tokens=max_new_tokens).check()
+    # `generate_texts` checks them, too, but rows with choices may have been answered before.
+    options = Options(batch_size=batch_size, max_new_tokens=max_new_tokens)
+    options.check()
 
     def kind_of(row_input):
         is_chat = "messages" in row_input.row
         return bool(row_input.rendered.choices), is_chat
 
+    n_cut = 0
     chunks = in_chunks(inputs)
     for chunk in read_ahead(chunks):  # a GPU would wait while rows are read and tokenized
         # Rows of different kinds may alternate: neighbors of one kind are answered together.
         for (is_scored, is_chat), neighbors in groupby(chunk, kind_of):
             neighbors = list(neighbors)
             names = [row_input.adapter for row_input in neighbors]
-            options = {"adapter": adapters.rows(names), "batch_size": batch_size}
+            adapter = adapters.rows(names)
             with naming_rows([row_input.row for row_input in neighbors]), dividing():
                 if is_scored:
-                    results = scored_results(model, neighbors, options)
+                    results = scored_results(model, neighbors, adapter, batch_size)
                 else:
-                    options["max_new_tokens"] = max_new_tokens
-                    results = generated_results(model, tokenizer, neighbors, is_chat, options)
+                    results, cut = generated_results(
+                        model, tokenizer, neighbors, is_chat, adapter, options
+                    )
+                    n_cut += len(cut)
             yield from zip(neighbors, results, strict=True)
+    if n_cut:
+        outputs = plural(n_cut, "output")
+        note = f"{n_cut} {outputs} cut to {max_new_tokens} tokens (--max-new-tokens)"
+        warnings.warn(note, stacklevel=1)
 
 
 def in_chunks(inputs):
@@ -351,12 +360,12 @@ def in_chunks(inputs):
         yield chunk
 
 
-def scored_results(model, inputs, options):
+def scored_results(model, inputs, adapter, batch_size):
     """Return the result of each Input. All of them have choices."""
     examples = [row_input.example for row_input in inputs]
     results = []
-    all_scores = score_examples(model, examples, **options).tolist()
-    for row_input, scores in zip(inputs, all_scores, strict=True):
+    scores_NC = score_examples(model, examples, adapter=adapter, batch_size=batch_size)
+    for row_input, scores in zip(inputs, scores_NC.tolist(), strict=True):
         choices = row_input.rendered.choices
         scores = scores[: len(choices)]  # the rest is -inf, because another row has more choices
         label = scores.index(max(scores))
@@ -368,15 +377,20 @@ def scored_results(model, inputs, options):
     return results
 
 
-def generated_results(model, tokenizer, inputs, is_chat, options):
-    """Return the result of each Input. None of them has choices, and all or none have messages."""
+def generated_results(model, tokenizer, inputs, is_chat, adapter, options):
+    """Return the result of each Input, and a set of the places of those whose text was cut.
+
+    None of the inputs has choices, and all or none have messages. options: an Options.
+    """
     sources = [row_input.example.source for row_input in inputs]
+    cut = set()
     if is_chat:
         with ending_answers(model, tokenizer) as stop:
-            texts = generate(model, tokenizer, sources, stop=stop, **options)
+            options = replace(options, stop=stop)
+            texts = generate_texts(model, tokenizer, sources, adapter, options, cut)
     else:
-        texts = generate(model, tokenizer, sources, **options)
+        texts = generate_texts(model, tokenizer, sources, adapter, options, cut)
     results = []
     for row_input, text in zip(inputs, texts, strict=True):
         results.append({"idx": row_input.row["idx"], "output": text})
-    return results
+    return results, cut

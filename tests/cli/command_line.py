@@ -1,6 +1,7 @@
 """What the tests of the command line share: commands in this process and in others."""
 
 import os
+import re
 import select
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from running import ROOT
 
 import minia3
 from minia3.cli.main import main
+
+CUT = re.compile(r"(minia3: \d+ outputs? cut to \d+ tokens \(--max-new-tokens\)\n)?")
 
 
 def python(*words, **options):
@@ -38,6 +41,15 @@ def output(capsys, *words):
     assert main([str(word) for word in words]) == 0
     out, err = capsys.readouterr()
     assert err == ""
+    return out
+
+
+def answered(capsys, *words):
+    """Return what `predict` prints. It may note that outputs were cut, and nothing else."""
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 0
+    out, err = capsys.readouterr()
+    assert CUT.fullmatch(err)
     return out
 
 

@@ -5,7 +5,7 @@ import json
 import os
 
 import pytest
-from command_line import failure, output
+from command_line import CUT, answered, failure, output
 from running import events, fails, metrics, model, resume, run, task, without_weights, words
 
 import minia3
@@ -36,7 +36,7 @@ def new_rows(tmp_path, *texts, column="text"):
 def predicted(capsys, *flags, base=None):
     """Return the results of `predict`."""
     base = base or model("t5")
-    lines = output(capsys, "predict", base, *flags, "--device", "cpu").splitlines()
+    lines = answered(capsys, "predict", base, *flags, "--device", "cpu").splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -66,7 +66,7 @@ def test_results_are_not_written_as_json_into_a_file_of_another_format(tmp_path,
         assert f"{name}, expected a name that ends in .jsonl or .csv" in error
         assert not (tmp_path / name).exists()
     out = tmp_path / "out.CSV"
-    output(capsys, "predict", model("t5"), rows, "--out", out, "--columns", "input")
+    answered(capsys, "predict", model("t5"), rows, "--out", out, "--columns", "input")
     assert out.read_text() == "input\nw3 w4\n"
 
 
@@ -185,7 +185,9 @@ def test_the_test_rows_of_a_run_are_answered_although_some_lack_a_column(tmp_pat
     assert main([str(word) for word in command]) == 0
     found = capsys.readouterr()
     assert [json.loads(line)["idx"] for line in found.out.splitlines()] == list(range(9))
-    assert found.err == "minia3: 'context' is empty in 5 rows\n"
+    note, cut = found.err.split("\n", 1)
+    assert note == "minia3: 'context' is empty in 5 rows"
+    assert CUT.fullmatch(cut)
     test.write_text(content.replace("context", "contxt"))
     error = failure(capsys, "predict", model("t5"), test, "--adapter", out / "adapter")
     assert f"{test}:1: there is no column 'context'" in error
@@ -309,7 +311,7 @@ def test_a_csv_file_has_no_columns_that_every_row_leaves_empty(labeled, tmp_path
     output(capsys, *ranked, "--out", tmp_path / "ranked.csv")
     assert (tmp_path / "ranked.csv").read_text().startswith("idx,label,choice,scores\n")
     # Without the task, a row says itself how it is answered.
-    output(capsys, *ranked[:5], "--out", tmp_path / "any.csv", "--max-new-tokens", 2)
+    answered(capsys, *ranked[:5], "--out", tmp_path / "any.csv", "--max-new-tokens", 2)
     assert (tmp_path / "any.csv").read_text().startswith("idx,label,choice,scores,output\n")
     output(capsys, *ranked[:5], "--labels", "w3,w4", "--out", tmp_path / "labels.csv")
     assert (tmp_path / "labels.csv").read_text().startswith("idx,label,choice,scores\n")
@@ -319,7 +321,7 @@ def test_a_csv_file_has_no_columns_that_every_row_leaves_empty(labeled, tmp_path
     assert run(words(written, task=questions, steps=2)) == 0
     command = ["predict", model("t5"), questions, "--device", "cpu", "--max-new-tokens", 2]
     path = tmp_path / "written.csv"
-    output(capsys, *command, "--adapter", written / "adapter", "--out", path)
+    answered(capsys, *command, "--adapter", written / "adapter", "--out", path)
     assert path.read_text().startswith("idx,output\n")
 
 

@@ -59,6 +59,20 @@ def test_predict_gives_the_lines_of_one_process(name, rows, tmp_path):
     assert file.read_text() == expected
 
 
+def notes_of(*arguments):
+    """Return what a command prints on standard error."""
+    with contextlib.redirect_stderr(io.StringIO()) as notes:
+        alone(*arguments)
+    return notes.getvalue()
+
+
+def test_outputs_that_any_process_has_cut_are_counted(rows):
+    arguments = ["predict", running.model("t5"), rows, "--batch-size", 1, "--max-new-tokens", 1]
+    notes = notes_of(*arguments, *EXACT)
+    assert "2 outputs cut to 1 tokens (--max-new-tokens)" in notes
+    assert on_ranks(2, notes_of, *arguments, *EXACT) == [notes, ""]
+
+
 def test_generate_gives_the_texts_of_one_process():
     model = running.model("t5")
     texts = [f"w3 w4 w{i}" for i in range(5, 25)]

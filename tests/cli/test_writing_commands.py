@@ -7,7 +7,7 @@ import shutil
 import pytest
 import running
 import torch
-from command_line import failure, output, save_adapters, write_tfew_file
+from command_line import answered, failure, output, save_adapters, write_tfew_file
 from safetensors.torch import load_file
 from torch import nn
 
@@ -76,7 +76,7 @@ def test_lora_generates_predicts_and_merges_too(tmp_path, capsys):
 
     rows = "".join(json.dumps({"input": text}) + "\n" for text in texts)
     (tmp_path / "rows.jsonl").write_text(rows)
-    out = output(capsys, "predict", "tiny-t5", tmp_path / "rows.jsonl", *flags)
+    out = answered(capsys, "predict", "tiny-t5", tmp_path / "rows.jsonl", *flags)
     assert [json.loads(line)["output"] for line in out.splitlines()] == expected
 
     output(capsys, "merge", "tiny-t5", folder, tmp_path / "merged")

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 import running
+import torch
 from conftest import randomize
+from words import END
 
 import minia3
 from minia3.checkpoints.tokenizer import Tokenizer
@@ -227,6 +229,37 @@ def test_a_long_input_loses_its_middle(tmp_path, capsys):
     capsys.readouterr()
     predict(*words)
     assert capsys.readouterr().err == "minia3: 1 input cut to 4 tokens (--max-length)\n"
+
+
+def written_by(monkeypatch, token_of):
+    """Let the model write tokens of our choice. token_of: the next token of a row of the batch."""
+
+    def choose(logits_BV, rows, sampler):
+        return torch.tensor([[token_of(row)] for row in rows])
+
+    monkeypatch.setattr("minia3.inference.decoding.choose_tokens", choose)
+
+
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_outputs_that_are_cut_are_counted_at_the_end(
+    name, tmp_path, capsys, monkeypatch, small_chunks
+):
+    """They were written as if they were whole."""
+    rows = [{"input": "w3 w4 w5"}, {"input": "w3 w4"}, {"input": "w3"}]
+    rows.insert(1, {"input": "w3", "choices": ["w4", "w5"]})
+    file = write(tmp_path / "rows.jsonl", rows * 3)  # several chunks
+    words = [running.model(name), file, "--max-new-tokens", 2, "--batch-size", 1]
+    written_by(monkeypatch, lambda row: 9)
+    predict(*words)
+    assert capsys.readouterr().err == "minia3: 9 outputs cut to 2 tokens (--max-new-tokens)\n"
+    written_by(monkeypatch, lambda row: END)
+    predict(*words)
+    assert capsys.readouterr().err == ""
+    # In a batch, the longest row comes first.
+    written_by(monkeypatch, lambda row: 9 if row == 1 else END)
+    write(file, rows[2:])
+    predict(*words[:-1], 2)
+    assert capsys.readouterr().err == "minia3: 1 output cut to 2 tokens (--max-new-tokens)\n"
 
 
 # Adapters by row
