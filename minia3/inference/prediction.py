@@ -390,7 +390,19 @@ def generated_results(model, tokenizer, inputs, is_chat, adapter, options):
             texts = generate_texts(model, tokenizer, sources, adapter, options, cut)
     else:
         texts = generate_texts(model, tokenizer, sources, adapter, options, cut)
+        texts = [without_separator(text, tokenizer) for text in texts]
     results = []
     for row_input, text in zip(inputs, texts, strict=True):
         results.append({"idx": row_input.row["idx"], "output": text})
     return results, cut
+
+
+def without_separator(text, tokenizer):
+    """Return a text without the space that a LLaMA writes between a prompt and its target.
+
+    It has learned this space, because `encode_target` puts it there. Some tokenizers drop it when
+    they decode a text alone (LLaMA-2), but those of bytes do not (Llama 3).
+    """
+    if tokenizer.has_separate_targets:
+        return text
+    return text.removeprefix(" ")

@@ -12,6 +12,7 @@ import random
 import shutil
 from pathlib import Path
 
+import chat_model
 import pytest
 import running
 import torch
@@ -260,6 +261,22 @@ def test_outputs_that_are_cut_are_counted_at_the_end(
     write(file, rows[2:])
     predict(*words[:-1], 2)
     assert capsys.readouterr().err == "minia3: 1 output cut to 2 tokens (--max-new-tokens)\n"
+
+
+def test_the_space_between_a_prompt_and_its_target_is_no_part_of_the_output(
+    tmp_path, capsys, monkeypatch
+):
+    """A tokenizer of bytes keeps it, so the cell of a table was " cold"."""
+    chat_model.save(tmp_path / "model")
+    tokenizer = minia3.load_tokenizer(tmp_path / "model")
+    ids = tokenizer.encode_target("cold  ice", end=True)
+    assert tokenizer.decode(ids) == " cold  ice"
+    question = [{"role": "user", "content": "hot"}]
+    file = write(tmp_path / "rows.jsonl", [{"input": "hot"}, {"messages": question}])
+    written = iter(ids * 2)
+    written_by(monkeypatch, lambda row: next(written))
+    outputs = [result["output"] for result in predicted(capsys, tmp_path / "model", file)]
+    assert outputs == ["cold  ice", " cold  ice"]  # a conversation has no such space
 
 
 # Adapters by row
