@@ -12,6 +12,7 @@ __version__ = "0.2.0.dev0"
 _MODULES = {  # public name: its module
     "train": "minia3.training.from_python",
     "batches": "minia3.training.own_loop",
+    "prompts_for": "minia3.training.own_loop",
     "choice_logprobs": "minia3.inference.scoring",
     "total_loss": "minia3.training.losses",
     "Adafactor": "minia3.training.optimizer",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from minia3.training.losses import total_loss as total_loss
     from minia3.training.optimizer import Adafactor as Adafactor
     from minia3.training.own_loop import batches as batches
+    from minia3.training.own_loop import prompts_for as prompts_for
 
 
 def __getattr__(name):

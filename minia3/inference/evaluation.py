@@ -72,7 +72,8 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
     """Return the result, a dict, of a model on rows that are put into the words of one prompt.
 
     `help("minia3.inference.evaluation")` explains its keys. rows: those of a task, or dicts such as
-    {"input": "2 + 2 =", "choices": ["3", "4"], "label": 1}. prompt: one of `task.prompts`.
+    {"input": "2 + 2 =", "choices": ["3", "4"], "label": 1}.
+    prompt: such as one of `minia3.prompts_for(model, task)`.
     metric: one of those in metrics.py. Choices are ranked by their mean log-probability per token.
     Texts of at most `max_new_tokens` are generated, and compared with the target. The inverse
     perplexity scores the target.

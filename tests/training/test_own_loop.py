@@ -1,5 +1,8 @@
 """A loop over public functions trains what train.py trains."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import running
@@ -7,6 +10,7 @@ import torch
 from running import last_vectors, model, run, task, train, words
 
 import minia3
+from minia3.tasks.prompts import render
 from minia3.training.optimizer import learning_rate
 
 
@@ -95,3 +99,27 @@ def test_numbers_of_numpy_and_torch_draw_what_those_of_python_draw():
     for batch, same in zip(plain, found, strict=True):
         assert torch.equal(batch.source_BM, same.source_BM)
         assert torch.equal(batch.target_BCL, same.target_BCL)
+
+
+@pytest.mark.parametrize("is_merged", [False, True])
+def test_batches_are_in_the_words_that_the_model_knows_from_its_pre_training(is_merged, tmp_path):
+    """The first prompt of the task was evaluated, in whose words nothing was trained."""
+    folder = tmp_path / "model"
+    shutil.copytree(model("t5"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "_name_or_path": "t5-base"}))
+    row = {"premise": "w5", "hypothesis": "w7", "label": "entailment"}
+    running.write(tmp_path / "rte", train=[row], val=[row])
+    rte = minia3.load_task("rte", tmp_path)
+    tokenizer = minia3.load_tokenizer(folder)
+    ours = minia3.load_model(folder)
+    if is_merged:
+        ours = minia3.merge(ours)
+
+    (prompt,) = minia3.prompts_for(ours, rte)
+    assert prompt.choices == ("entailment", "not_entailment")
+    (batch,) = minia3.batches(ours, tokenizer, rte, batch_size=1, steps=1)
+    source = tokenizer.encode_prompt(render(prompt, rte.train[0]).input)
+    assert batch.source_BM.tolist() == [source]
+    for general in (minia3.load_model(model("t5")), torch.nn.Linear(1, 1)):
+        assert minia3.prompts_for(general, rte) == tuple(rte.prompts[:5])
