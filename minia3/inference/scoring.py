@@ -79,9 +79,12 @@ def logprobs(model, state, target):
     """Return (B, L): log p(target_t | source, target_<t), in float32 (float64 for a float64 model).
 
     target: (B, L) ids, padded on the right with any valid id; the caller masks the padding.
-    Gradients flow to the vectors. `state` advances. The errors are those of `model.step`.
+    Gradients flow to the vectors. `state` advances: it then has read all of the target but its last
+    token. The errors are those of `model.step`, and a ValueError if the state has read tokens
+    before. To score several targets for a source, give each its `state.repeat(1)`.
     """
     state.check_tokens(target)
+    state.check_at_start()
     return masked_logprobs(model, state, target, None)
 
 

@@ -173,6 +173,7 @@ class Llama(nn.Module):
                 cache.length = state.length  # for rows end to end, it was that of all rows
             state.mask_BM = mask_BL  # for the tokens that follow
             state.n_padding = n_padding
+            state.n_source = state.length
         return state
 
     def step(self, tokens, state):

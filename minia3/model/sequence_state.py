@@ -128,6 +128,7 @@ class State:
     n_sharing: int = 1  # rows that share one row of the caches
     adapter_numbers: tuple = ()  # those that the caller gave, each once: see adapter_rows.py
     is_stepping: bool = False  # from `append_columns` to `end_step`
+    n_source: int = 0  # the `length` when `start` returned this state
 
     def check_adapters(self, model):
         """Raise ValueError if an adapter was removed or replaced while its vectors were read.
@@ -153,6 +154,14 @@ class State:
         if tokens.dim() != 2 or len(tokens) != n_rows or tokens.shape[1] == 0:
             expected = f"expected tokens for each of {n_rows} rows"
             raise ValueError(f"{expected}, found {tuple(tokens.shape)}")
+
+    def check_at_start(self):
+        """Raise ValueError if a target was begun, because `start` must come before its tokens."""
+        if self.length > self.n_source:
+            raise ValueError(
+                "this state has read tokens of a target: start again, and give each target a "
+                "state.repeat(1) of its own"
+            )
 
     def append_columns(self, tokens_RL):
         """Add columns for the next tokens, and return the tokens as the blocks read them.

@@ -70,6 +70,25 @@ def test_log_probabilities_equal_transformers_and_the_state_advances(both):
     )
 
 
+@pytest.mark.parametrize("move", ["step", "logprobs"])
+def test_a_state_that_has_read_a_target_is_not_scored_as_if_it_were_new(both, move):
+    """The token that begins a target was read once more, in the middle of the text."""
+    target = random_tokens(2, 5, seed=1)
+    state = both.model.start(random_tokens(2, 6))
+    expected = minia3.logprobs(both.model, state.repeat(1), target)
+    assert torch.equal(minia3.logprobs(both.model, state.repeat(1), target), expected)
+    if move == "step":
+        both.model.step(state.start, state)
+    else:
+        minia3.logprobs(both.model, state, target)
+    length = state.length
+    for moved in (state, state.repeat(2).select(torch.tensor([0, 2]))):
+        with pytest.raises(ValueError, match="this state has read tokens of a target: start again"):
+            minia3.logprobs(both.model, moved, target)
+    both.model.step(target[:, -1:], state)  # it can still be continued
+    assert state.length == length + 1
+
+
 def test_log_probabilities_are_float32_for_a_bfloat16_model_and_float64_for_a_float64_model(
     both, loaded
 ):
