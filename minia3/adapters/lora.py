@@ -127,7 +127,7 @@ def lora_parameters(model):
 def save_lora(model, folder, base=None):
     """Write the model's LoRA as a PEFT folder. base: the name or path of the model.
 
-    Raise ValueError if the model has none.
+    Raise ValueError if the model has none, or if the folder holds a model or a run.
     """
     loras = [module for module in model.modules() if isinstance(module, LoRA)]
     if not loras:

@@ -11,6 +11,7 @@ Shapes: D entries of a vector.
 
 import math
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from minia3.adapters.peft_config import check_ia3_config, check_targets
 from minia3.adapters.vector_names import INPUT_VECTORS, PREFIX, READ, SUFFIX, WRITE, rename
 from minia3.checkpoints.hub import find_adapter
 from minia3.checkpoints.known_models import public_name
-from minia3.checkpoints.layout import ADAPTER_FILES
+from minia3.checkpoints.layout import ADAPTER_FILES, check_new_adapter
 from minia3.files.read import read_json, reading
 from minia3.files.tensors import FLOATS, read_tensors
 from minia3.files.write import write_new_json, writing_folder
@@ -262,7 +263,11 @@ def scales_input(peft_name):
 
 
 def write_peft(folder, tensors, config):
-    """Write an adapter's tensors and adapter_config.json as a PEFT folder, of any kind."""
+    """Write an adapter's tensors and adapter_config.json as a PEFT folder, of any kind.
+
+    Raise ValueError if the folder holds a model or a run.
+    """
+    check_new_adapter(Path(folder))
     with writing_folder(folder, replaces=["adapter_model.*"]) as temporary:
         (temporary / ADAPTER_FILES[0]).write_bytes(save(tensors, metadata={"format": "pt"}))
         write_new_json(temporary / "adapter_config.json", config)

@@ -60,7 +60,8 @@ def check_row_0(model):
 def save_adapter(model, folder, adapter=0):
     """Write row `adapter` of the model as a PEFT folder.
 
-    Raise ValueError if there is no such row, or if its adapter is replaced meanwhile.
+    Raise ValueError if there is no such row, if its adapter is replaced meanwhile, or if the folder
+    holds a model or a run.
     """
     row = copy_row(model, adapter)
     write_adapter(expand_home(folder), row, getattr(model, "name_or_path", None))

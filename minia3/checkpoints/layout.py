@@ -158,6 +158,19 @@ def check_new_model(folder):
         raise ValueError(f"{folder}: found {found}: give another folder")
 
 
+def check_new_adapter(folder):
+    """Raise ValueError if an adapter in this folder would be applied to a model that is there.
+
+    transformers would do so, also if the model holds the adapter already.
+    """
+    if not (folder / "config.json").exists():
+        return
+    found = "a model, to which transformers would apply an adapter in the same folder"
+    if is_run(folder):
+        found = "the folder of a run, whose config.json transformers would take for that of a model"
+    raise ValueError(f"{folder}: found {found}: give another folder")
+
+
 def has_config(folder):
     return any((folder / name).exists() for name in CONFIG_FILES)
 

@@ -19,6 +19,7 @@ from conftest import LLAMA_PEERS, PEERS, Peer, logits, off, randomize
 from safetensors.torch import load_file
 
 import minia3
+from minia3.adapters.lora import add_lora, save_lora
 from minia3.adapters.merge import merge_files
 from minia3.checkpoints.known_models import base_of
 from minia3.checkpoints.save import save_tensors
@@ -137,6 +138,32 @@ def test_a_model_is_not_saved_over_an_adapter_or_a_run(loaded, tmp_path):
     with pytest.raises(ValueError, match="run: found the folder of a run, whose"):
         minia3.save_model(model, run)
     assert (run / "config.json").read_text() == "{}"
+
+
+def test_an_adapter_is_not_saved_over_a_model_or_a_run(loaded, tmp_path):
+    """transformers would apply it to the model there, which may hold it already."""
+    model = loaded("llama-gqa", seed=0)
+    minia3.save_model(minia3.merge(model), tmp_path / "model")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    (run / "metrics.jsonl").write_text("")
+    contents = {path: sorted(path.iterdir()) for path in (tmp_path / "model", run)}
+
+    def save(folder):
+        minia3.save_adapter(model, folder)
+
+    def save_a_lora(folder):
+        other = loaded("llama-gqa")
+        add_lora(other)
+        save_lora(other, folder)
+
+    for save_there in (save, save_a_lora):
+        with pytest.raises(ValueError, match="model: found a model, to which transformers would"):
+            save_there(tmp_path / "model")
+        with pytest.raises(ValueError, match="run: found the folder of a run, whose config"):
+            save_there(run)
+    assert {path: sorted(path.iterdir()) for path in contents} == contents
 
 
 def test_a_chat_template_of_the_folder_stays_if_its_tokenizer_stays(loaded, tmp_path):
