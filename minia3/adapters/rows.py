@@ -10,6 +10,7 @@ import torch
 
 from minia3.adapters.peft_files import read_adapter, write_adapter
 from minia3.checkpoints.known_models import hub_name
+from minia3.checkpoints.layout import warn_of_task_file
 from minia3.files.home import expand_home
 from minia3.model.adapter_rows import INTEGERS, as_numbers, find_row
 from minia3.model.ia3 import vectors
@@ -61,8 +62,14 @@ def save_adapter(model, folder, adapter=0):
     """Write row `adapter` of the model as a PEFT folder.
 
     Raise ValueError if there is no such row, if its adapter is replaced meanwhile, or if the folder
-    holds a model or a run.
+    holds a model or a run. Warn if a task.json stays there.
     """
+    write_row(model, folder, adapter)
+    warn_of_task_file(expand_home(folder))
+
+
+def write_row(model, folder, adapter=0):
+    """Do what `save_adapter` does, for a caller that takes care of task.json: do not warn of it."""
     row = copy_row(model, adapter)
     write_adapter(expand_home(folder), row, getattr(model, "name_or_path", None))
 

@@ -10,6 +10,7 @@ A folder with params.json and consolidated.*.pth is in Meta's layout instead (me
 """
 
 import os
+import warnings
 from pathlib import Path
 
 from minia3.files.read import broken_link, read_json, reading
@@ -169,6 +170,21 @@ def check_new_adapter(folder):
     if is_run(folder):
         found = "the folder of a run, whose config.json transformers would take for that of a model"
     raise ValueError(f"{folder}: found {found}: give another folder")
+
+
+def warn_of_task_file(folder):
+    """Warn that the task.json of a folder stays beside what was saved there.
+
+    It may be of what was there before. `predict` would then put rows into the words of another
+    task, and nothing would show it.
+    """
+    path = Path(folder, "task.json")
+    if path.exists():
+        warnings.warn(
+            f"{path} stays, and rows are put into words as it says: remove it if it is of another "
+            "task",
+            stacklevel=3,
+        )
 
 
 def has_config(folder):

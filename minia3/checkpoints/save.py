@@ -15,7 +15,12 @@ from safetensors.torch import save_file
 from minia3.checkpoints.config import to_hf
 from minia3.checkpoints.hub import local_path
 from minia3.checkpoints.known_models import base_of, known_model
-from minia3.checkpoints.layout import STALE_TOKENIZER_FILES, WEIGHT_FILES, check_new_model
+from minia3.checkpoints.layout import (
+    STALE_TOKENIZER_FILES,
+    WEIGHT_FILES,
+    check_new_model,
+    warn_of_task_file,
+)
 from minia3.checkpoints.tensor_names import name_table
 from minia3.files.home import expand_home
 from minia3.files.processes import is_first
@@ -50,8 +55,14 @@ def save_model(model, folder, tokenizer=None):
     at a time, and keeps those of a shard.
 
     Raise ValueError if the base is quantized, if the model is in a wrapper, such as that of
-    torch.compile, or if the folder holds an adapter or a run.
+    torch.compile, or if the folder holds an adapter or a run. Warn if a task.json stays there.
     """
+    write_model(model, folder, tokenizer)
+    warn_of_task_file(expand_home(folder))
+
+
+def write_model(model, folder, tokenizer=None):
+    """Do what `save_model` does, for a caller that takes care of task.json: do not warn of it."""
     refuse_wrapper(model)
     folder = Path(expand_home(folder))
     check_new_model(folder)

@@ -8,8 +8,8 @@ icl     nothing: the base model is evaluated with examples before each input
 """
 
 from minia3.adapters.lora import add_lora, is_lora, load_lora, lora_parameters, save_lora
-from minia3.adapters.rows import load_adapter, save_adapter
-from minia3.checkpoints.save import save_model
+from minia3.adapters.rows import load_adapter, write_row
+from minia3.checkpoints.save import write_model
 from minia3.inference.turns import answer_as_learned
 from minia3.model.ia3 import freeze
 from minia3.model.more_vectors import add_vectors, choose_vectors
@@ -77,12 +77,12 @@ def save_trained(group, cell, folder):
         specs.append((task.name, spec))
     method = cell.config.method
     if method == "ia3":
-        save_adapter(group.model, folder, cell.row)
+        write_row(group.model, folder, cell.row)
     elif method == "lora":
         save_lora(group.model, folder, cell.config.model)
     else:
         answer_as_learned(group.model, group.tokenizer, [spec for _, spec in specs])
-        save_model(group.model, folder, group.tokenizer)
+        write_model(group.model, folder, group.tokenizer)
     # So that `predict` puts further rows into the same words, and `generate` knows whether the
     # adapter has learned to end a text.
     write_task_file(folder, specs)

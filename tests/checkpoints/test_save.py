@@ -166,6 +166,19 @@ def test_an_adapter_is_not_saved_over_a_model_or_a_run(loaded, tmp_path):
     assert {path: sorted(path.iterdir()) for path in contents} == contents
 
 
+@pytest.mark.filterwarnings("error:.*task.json stays")
+def test_a_task_file_that_stays_is_a_warning(loaded, tmp_path):
+    """It may be of the adapter or model that was there before."""
+    model = loaded("llama-gqa", seed=0)
+    for name, save in (("adapter", minia3.save_adapter), ("model", minia3.save_model)):
+        save(model, tmp_path / name)
+        task_file = tmp_path / name / "task.json"
+        task_file.write_text("{}")
+        with pytest.warns(UserWarning, match=f"{name}/task.json stays, and rows are put into"):
+            save(model, tmp_path / name)
+        assert task_file.read_text() == "{}"
+
+
 def test_a_chat_template_of_the_folder_stays_if_its_tokenizer_stays(loaded, tmp_path):
     template = tmp_path / "chat_template.jinja"
     template.write_text("{{ messages }}")
