@@ -4,7 +4,6 @@ import json
 import math
 import re
 import sys
-import warnings
 from contextlib import suppress
 from itertools import islice
 
@@ -140,7 +139,6 @@ def run(args):
     if args.chat_template and not args.chat:
         raise ValueError("--chat-template is the form of a conversation: give --chat, too")
     Options(**options_of(args)).check()  # before torch is imported
-    warn_of_idle_options(args)
     from minia3.checkpoints.tokenizer import load_tokenizer
 
     model = load_model(args)
@@ -177,20 +175,6 @@ def options_of(args):
         "compile": args.compile,
         "batch_size": math.ceil(args.batch_size / n_processes()),  # of each process
     }
-
-
-def warn_of_idle_options(args):
-    """Warn of options that have no effect without another one."""
-    if args.temperature == 0 and (args.top_k != 0 or args.top_p != 1):
-        warnings.warn(
-            "--top-k and --top-p have no effect at --temperature 0, which always takes the most "
-            "likely token: give a --temperature above 0",
-            stacklevel=1,
-        )
-    if args.beams == 1 and args.length_penalty != 1:
-        warnings.warn(
-            "--length-penalty has no effect without a beam search: give --beams", stacklevel=1
-        )
 
 
 def prompts_of(file):

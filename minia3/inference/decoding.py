@@ -164,6 +164,8 @@ def generate_pieces(model, tokenizer, prompts, adapter, options, cut=None):
     search does not tell which of its texts were cut, so the set is not for beams.)
     """
     options.check()
+    if options.first_prompt == 0:  # once, however many batches the command answers
+        options.warn_of_idle()
     if options.compile and is_sharded(model):
         raise ValueError(
             "compile cannot be combined with --shard or --offload, because compiled code would "

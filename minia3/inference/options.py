@@ -4,6 +4,7 @@ Importing this needs no torch, so that a mistake in the flags is answered at onc
 """
 
 import operator
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from math import inf
@@ -47,6 +48,20 @@ class Options:
             expect(value >= 1, name, value, "1 or more")
         self.check_drawing()
         self.check_search()
+
+    def warn_of_idle(self):
+        """Warn of options that have no effect without another one. They have passed `check`."""
+        if self.temperature == 0 and (self.top_k != 0 or self.top_p != 1):
+            warnings.warn(
+                "top_k and top_p have no effect at temperature 0, which always takes the most "
+                "likely token: give a temperature above 0",
+                stacklevel=1,
+            )
+        if self.beams == 1 and self.length_penalty != 1:
+            warnings.warn(
+                "length_penalty has no effect without a beam search: give 2 beams or more",
+                stacklevel=1,
+            )
 
     def check_types(self):
         for name in ("max_new_tokens", "beams", "samples", "batch_size", "top_k"):

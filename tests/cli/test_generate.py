@@ -99,9 +99,9 @@ def test_a_compiled_step_prints_the_same(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "remedy"),
     [
-        (["--top-k", "4"], "give a --temperature above 0"),
-        (["--top-p", "0.5", "--seed", "5"], "give a --temperature above 0"),
-        (["--length-penalty", "2"], "give --beams"),
+        (["--top-k", "4"], "give a temperature above 0"),
+        (["--top-p", "0.5", "--seed", "5"], "give a temperature above 0"),
+        (["--length-penalty", "2"], "give 2 beams or more"),
         (["--temperature", "1", "--top-k", "4", "--top-p", "0.5"], None),
         (["--beams", "2", "--length-penalty", "2"], None),
     ],

@@ -884,6 +884,20 @@ def test_a_prompt_is_named_by_its_place_among_all_prompts(both, loaded):
         generate_texts(model, *given)
 
 
+@pytest.mark.parametrize("option", [{"top_p": 0.9}, {"top_k": 3}, {"length_penalty": 2.0}])
+def test_an_option_that_has_no_effect_is_a_warning_once_for_a_call(option, both):
+    """generate and stream took the likeliest tokens without a word."""
+    calls = [(generate, PROMPTS)]
+    if "length_penalty" not in option:
+        calls.append((stream, PROMPTS[0]))
+    for function, prompts in calls:
+        with pytest.warns(UserWarning, match="no effect") as found:
+            function(both.model, both.tokenizer, prompts, max_new_tokens=1, **option)
+        (warning,) = found
+        (name,) = option
+        assert name in str(warning.message)
+
+
 @pytest.mark.parametrize(("adapter", "found"), [(99, "adapter 99"), ([0, 1], "adapter must be")])
 def test_a_stream_checks_its_adapter_before_the_first_piece(adapter, found, both):
     with pytest.raises(ValueError, match=found):
