@@ -305,7 +305,7 @@ class Generator:
                 output += piece
                 if piece:
                     show(piece, end="")
-            if cut and self.is_conversation:
+            if cut:
                 notice(f" [cut after {options.max_new_tokens} tokens: --max-new-tokens]", end="")
         except KeyboardInterrupt:
             if not self.is_conversation:

@@ -145,6 +145,19 @@ def test_one_prompt_is_streamed_piece_by_piece(capsys, monkeypatch):
     assert seen == ["", "one", " two"]
 
 
+@pytest.mark.parametrize("is_shown", [True, False])
+def test_an_answer_that_is_cut_is_marked_on_a_terminal_and_not_in_a_pipe(
+    is_shown, capsys, monkeypatch
+):
+    """Only those of a conversation were marked."""
+    monkeypatch.setattr("minia3.cli.generate.is_terminal", lambda stream: is_shown)
+    mark = " [cut after 1 tokens: --max-new-tokens]" if is_shown else ""
+    out = output(capsys, "generate", "tiny-t5", "same colour ?", "--max-new-tokens", "1")
+    assert out == f"yes{mark}\n"
+    out = output(capsys, "generate", "tiny-t5", "same colour ?", "--max-new-tokens", "9")
+    assert "cut after" not in out
+
+
 def test_a_prompt_of_the_command_line_is_taken_as_it_is(capsys):
     prompt = " w3 w4 \n"
     words = ["--max-new-tokens", "3", "--json"]
