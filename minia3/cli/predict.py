@@ -27,7 +27,7 @@ from minia3.files.processes import first_goes_first, is_first, n_processes
 TITLE = "Label the rows of a file, or continue them"
 EXAMPLE = "minia3 predict tiny-t5 data/same-colour/test.jsonl"
 
-NOT_WRITTEN = (".tsv", ".parquet", ".arrow", ".gz", ".xlsx")  # formats that --out cannot have
+WRITTEN = (".jsonl", ".csv", "")  # endings of names that --out can have
 
 
 def add_arguments(parser):
@@ -150,11 +150,17 @@ def check_out(args):
     Either its format is not written, or it is the file of the rows itself, whose rows would be
     taken for results that are there already.
     """
-    if args.out is not None and args.out.lower().endswith(NOT_WRITTEN):
+    if args.out is not None and not has_known_format(args.out):
         raise ValueError(f"--out is {args.out}, expected a name that ends in .jsonl or .csv")
     paths = [args.file, args.out]
     if args.out is not None and all(map(os.path.exists, paths)) and os.path.samefile(*paths):
         raise ValueError(f"--out is {args.out}, the file of the rows: give another one")
+
+
+def has_known_format(out):
+    """Return whether the results can go to a path: a .jsonl or .csv file, a device or a pipe."""
+    is_device = os.path.exists(out) and not os.path.isfile(out)
+    return is_device or Path(out).suffix.lower() in WRITTEN
 
 
 def read_columns(text):

@@ -61,7 +61,7 @@ def test_results_do_not_go_into_the_file_of_the_rows(tmp_path, capsys):
 def test_results_are_not_written_as_json_into_a_file_of_another_format(tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"input": "w3 w4"}\n')
-    for name in ("out.tsv", "out.csv.gz", "out.Parquet"):
+    for name in ("out.tsv", "out.csv.gz", "out.Parquet", "out.json", "out.txt"):
         error = failure(capsys, "predict", model("t5"), rows, "--out", tmp_path / name)
         assert f"{name}, expected a name that ends in .jsonl or .csv" in error
         assert not (tmp_path / name).exists()

@@ -1061,7 +1061,7 @@ def test_a_csv_file_with_other_columns_is_not_appended_to(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("text", ["mine\n", "mine", "[1, 2]\n", " \n"])
-@pytest.mark.parametrize("name", ["notes.txt", "notes.csv"])
+@pytest.mark.parametrize("name", ["notes", "notes.jsonl", "notes.csv"])
 def test_another_file_is_not_appended_to(name, text, tmp_path, capsys):
     out = tmp_path / name
     out.write_text(text)
