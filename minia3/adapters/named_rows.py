@@ -26,11 +26,11 @@ class Adapters(Mapping):
     with names. A model has one Adapters at a time, because a new one takes over all rows. Read it
     like a dict; only `load`, `load_folder`, `remove` and `del` change it.
 
-    Any thread may load, replace or remove adapters while others generate: rows that are in use stay
-    where they are. An unknown name is a ValueError, also for `get`. A row whose adapter is removed
-    or replaced after the row was asked for, or even while it is read, is a ValueError, too: ask for
-    the rows again, and compute the answer again. A merged model that keeps l_ff in row 0 is
-    refused.
+    Any thread may load, replace or remove adapters while others generate, if the model has rows for
+    all of them (`n_adapters`); otherwise all rows move. An unknown name is a ValueError, also for
+    `get`. A row whose adapter is removed or replaced after the row was asked for, or even while it
+    is read, is a ValueError, too: ask for the rows again, and compute the answer again. A merged
+    model that keeps l_ff in row 0 is refused.
     """
 
     # One lock for all instances: an Adapters with a lock inside could not be copied with its model.
@@ -156,9 +156,10 @@ def grow(model, n_rows):
     """Give the model at least `n_rows` rows. The new rows are all ones.
 
     The number doubles, so that loading a thousand adapters one by one copies the rows ten times.
-    The parameters stay the same objects, because a compiled model may hold them. A thread that is
-    computing keeps the tensor that it has. An optimizer that has made a step cannot make another
-    one, because it keeps tensors of the old size.
+    The parameters stay the same objects, because a compiled model may hold them. Their memory is
+    replaced, so another thread must not be reading it at that moment: a server makes all rows when
+    it loads the model (`n_adapters`). An optimizer that has made a step cannot make another one,
+    because it keeps tensors of the old size.
     """
     n_adapters = model.n_adapters
     while n_adapters < n_rows:

@@ -44,7 +44,8 @@ def add_arguments(parser):
     parser.add_argument(
         "prompts",
         nargs="*",
-        help="texts (default: the lines of standard input; on a terminal, a conversation)",
+        help="texts (default: the lines of standard input that are not blank; on a terminal, a "
+        "conversation)",
     )
     add_adapter_option(parser)
     add_chat_options(parser)

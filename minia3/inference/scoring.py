@@ -57,7 +57,8 @@ class NotFiniteError(ValueError):
     def __init__(self, name, index):
         super().__init__(
             f"{name}: the model's scores are not finite: its weights or the adapter may hold NaN "
-            "(--check-weights looks for it), or their dtype is too narrow (try --dtype float32)"
+            "(--check-weights looks for it, or check_finite=True in Python), or their dtype is too "
+            "narrow (try --dtype float32, or dtype=torch.float32)"
         )
         self.name = name
         self.index = index
