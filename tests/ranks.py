@@ -17,11 +17,12 @@ from minia3.files.processes import join, leave, n_processes
 from minia3.training.shards import make_shards
 
 
-def on_ranks(n_processes, function, *arguments):
+def on_ranks(n_processes, function, *arguments, prepare=None):
     """Return [function(*arguments) in process 0, in process 1, ...].
 
-    function: of a module. It runs after `join` (processes.py). Raise AssertionError with the
-    traceback of the first process that fails.
+    function: of a module. It runs after `join` (processes.py). prepare: another one, which each
+    process calls before that. Raise AssertionError with the traceback of the first process that
+    fails.
     """
     context = processes()
     pipes = []
@@ -30,7 +31,8 @@ def on_ranks(n_processes, function, *arguments):
         for rank in range(n_processes):
             receiver, sender = context.Pipe(duplex=False)
             place = (rank, n_processes, port)
-            child = context.Process(target=run_rank, args=(sender, place, function, arguments))
+            given = (sender, place, prepare, function, arguments)
+            child = context.Process(target=run_rank, args=given)
             child.start()
             sender.close()
             pipes.append(receiver)
@@ -50,11 +52,13 @@ def receive(pipe):
         return None, "the process has died"
 
 
-def run_rank(pipe, place, function, arguments):
+def run_rank(pipe, place, prepare, function, arguments):
     rank, n_processes, port = place
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n_processes))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if prepare is not None:
+        prepare()
     join()
     try:
         # As bytes, because a tensor would be sent as the address of memory that ends with this

@@ -87,10 +87,32 @@ def join():
     store = torch.distributed.PrefixStore(f"attempt-{attempt}", store)
     _process.store = torch.distributed.PrefixStore("minia3", store)
     with meeting():
-        # torch chooses gloo for tensors on the CPU, and what suits the accelerator for its own.
         torch.distributed.init_process_group(
-            store=store, rank=_process.rank, world_size=_process.n_processes, timeout=FOREVER
+            choose_backend(),
+            store=store,
+            rank=_process.rank,
+            world_size=_process.n_processes,
+            timeout=FOREVER,
         )
+
+
+def choose_backend():
+    """Return what sends the tensors of each kind of device, for torch: "cpu:gloo,cuda:nccl".
+
+    torch would choose by itself, but from 2.6 on only for the accelerator, if the machine has one.
+    Then nothing would send what the processes tell each other, which is on the CPU.
+    """
+    import torch.distributed
+
+    chosen = ["cpu:gloo"]
+    for kind, backend in torch.distributed.Backend.default_device_backend_map.items():
+        module = getattr(torch, kind, None)
+        if kind == "cpu" or module is None or not module.is_available():
+            continue
+        if not torch.distributed.is_backend_available(backend):  # torch for Windows has no NCCL
+            backend = "gloo"
+        chosen.append(f"{kind}:{backend}")
+    return ",".join(chosen)
 
 
 def rank():

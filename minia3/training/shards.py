@@ -6,6 +6,7 @@ from minia3.checkpoints.hub import find
 from minia3.checkpoints.load import build_model, read_checkpoint
 from minia3.files.processes import (
     FOREVER,
+    choose_backend,
     close_connections,
     gathered,
     hold_together,
@@ -89,7 +90,7 @@ def make_mesh(device, n_per_copy):
 
     if not torch.distributed.is_initialized():  # --offload in a process that is alone
         store = torch.distributed.HashStore()
-        torch.distributed.init_process_group(store=store, rank=0, world_size=1)
+        torch.distributed.init_process_group(choose_backend(), store=store, rank=0, world_size=1)
         atexit.register(close_connections)  # or NCCL would print a warning when Python ends
     module = device_module(device)
     if device.index is not None and hasattr(module, "set_device"):

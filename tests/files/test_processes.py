@@ -5,8 +5,11 @@ import signal
 import subprocess
 import sys
 import threading
+from unittest import mock
 
 import pytest
+import torch
+from ranks import on_ranks
 
 from minia3.files import processes
 from minia3.files.processes import PeerGone, computing_together, meeting
@@ -199,3 +202,43 @@ def test_torch_itself_may_find_that_a_peer_is_gone(monkeypatch):
         lose("[gloo/transport/tcp/pair.cc] Connection closed by peer")
     with pytest.raises(RuntimeError, match=r"^shapes differ$"):
         lose("shapes differ")
+
+
+@pytest.mark.parametrize(
+    ("available", "has_nccl", "expected"),
+    [
+        ([], True, "cpu:gloo"),
+        (["cuda"], True, "cpu:gloo,cuda:nccl"),
+        (["cuda"], False, "cpu:gloo,cuda:gloo"),  # Windows
+        (["mps"], False, "cpu:gloo,mps:gloo"),
+    ],
+)
+def test_an_accelerator_does_not_take_the_place_of_the_cpu(
+    available, has_nccl, expected, monkeypatch
+):
+    kinds = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl", "mps": "gloo", "nosuch": "other"}
+    monkeypatch.setattr(torch.distributed.Backend, "default_device_backend_map", kinds)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: has_nccl)
+    for kind in ("cuda", "xpu", "mps"):
+        is_available = kind in available
+        monkeypatch.setattr(getattr(torch, kind), "is_available", lambda found=is_available: found)
+    assert processes.choose_backend() == expected
+
+
+def find_accelerator():
+    """Let torch find an accelerator on this machine: Apple's, because gloo is what sends there."""
+    mock.patch("torch._C._get_accelerator", return_value=torch.device("mps")).start()
+    mock.patch("torch.mps.is_available", return_value=True).start()
+
+
+def values_of_all():
+    total = torch.ones(1)
+    processes.add_over_processes(total)
+    text = processes.from_first(f"from {processes.rank()}")
+    return processes.gathered(processes.rank()), text, total.item()
+
+
+@pytest.mark.slow
+def test_processes_on_a_machine_with_an_accelerator_tell_each_other_what_is_on_the_cpu():
+    outcomes = on_ranks(2, values_of_all, prepare=find_accelerator)
+    assert outcomes == [([0, 1], "from 0", 2.0)] * 2

@@ -93,8 +93,14 @@ def out_of_memory(place, folder):
 
 
 def all_cards(place, folder):
-    """All devices of this machine together (NCCL on CUDA) train what one of them trains."""
-    return compare_losses(place, folder, {"several": all_devices(place)})
+    """All devices of this machine together (NCCL on CUDA) train what one of them trains.
+
+    Two processes also train on the CPU, although torch finds an accelerator.
+    """
+    figures = compare_losses(place, folder, {"several": all_devices(place)})
+    words = [*processes(2), "--device", "cpu", "--task", folder / "few-rows", "--steps", 2]
+    expect_success(run_python(*words, "--out", folder / "on the CPU", timeout=240))
+    return figures | {"2 processes on the CPU": "train"}
 
 
 def divided(place, folder):
@@ -107,8 +113,12 @@ def divided(place, folder):
 
 def all_devices(place):
     """Return the words for Python that train on all devices of this machine."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", place.n_devices]
-    return [*torchrun, "train.py", "--device", place.device.type]
+    return [*processes(place.n_devices), "--device", place.device.type]
+
+
+def processes(n):
+    """Return the words for Python that start train.py in several processes."""
+    return ["-m", "torch.distributed.run", "--nproc-per-node", n, "train.py"]
 
 
 def compare_losses(place, folder, ways):

@@ -79,6 +79,20 @@ def test_a_base_is_on_the_card_that_was_asked_for(name, current, monkeypatch):
     assert made == [(device.type, (1,), current)]
 
 
+def test_a_process_alone_with_an_accelerator_can_send_what_is_on_the_cpu(monkeypatch):
+    given = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda backend, **_: given.append(backend)
+    )
+    monkeypatch.setattr("torch.distributed.device_mesh.init_device_mesh", lambda *_: None)
+    monkeypatch.setattr(shards.atexit, "register", lambda function: None)
+    shards.make_shards(None, True, CPU)
+    (backend,) = given
+    assert backend.startswith("cpu:gloo,cuda:nccl")
+
+
 OFFLOAD_ALONE = """
 import atexit
 import torch
