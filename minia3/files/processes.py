@@ -52,6 +52,7 @@ class Process:
         self.n_per_copy = 1  # processes that hold one copy of a model: see `hold_together`
         self.is_dividing = False  # see `dividing`
         self.has_combined = False  # in the block of `dividing`
+        self.has_parted = False  # in that block: the processes of a copy read different batches
 
 
 _process = Process()
@@ -246,16 +247,21 @@ def dividing():
     The function takes its batches through `share`, and passes its results through `combine`. If
     one of the processes raises a ValueError before that, all of them raise it. What is raised later
     must come from the combined results, so that all processes raise it themselves.
+
+    But if processes hold a model together and read different batches, only the one that raises a
+    ValueError knows of it: others wait for its part of a block. It says why and ends, and they
+    find it gone.
     """
     if _process.n_processes == 1:
         yield
         return
     _process.is_dividing = True
     _process.has_combined = False
+    _process.has_parted = False
     try:
         yield
     except ValueError as error:
-        if not _process.has_combined:
+        if not (_process.has_combined or _process.has_parted):
             combine_outcomes(None, error)
         raise
     finally:
@@ -283,6 +289,7 @@ def share(items):
     """
     if not _process.is_dividing:
         return items
+    _process.has_parted = _process.n_per_copy > 1
     mine = items[_process.rank :: _process.n_processes]
     n_most = math.ceil(len(items) / _process.n_processes)
     if _process.n_per_copy > 1 and len(mine) < n_most:

@@ -131,6 +131,33 @@ def test_all_raise_the_same_of_two_errors(two):
     assert list(map(str, two(work))) == ["0", "0"]
 
 
+def test_an_error_in_a_share_of_a_copy_is_not_exchanged(two):
+    """The other process may be waiting for a pass of this one, and not for its error."""
+
+    def work(rank):
+        processes.hold_together(2)
+        with processes.dividing():
+            processes.share([1, 2])
+            if rank == 1:
+                raise ValueError("too long")
+        return "waits elsewhere"
+
+    first, second = two(work)
+    assert first == "waits elsewhere"
+    assert str(second) == "too long"
+
+
+def test_an_error_before_or_after_the_shares_of_a_copy_is_exchanged(two):
+    def work(rank):
+        processes.hold_together(2)
+        with processes.dividing():
+            if rank == 1:
+                raise ValueError("before")
+            processes.combine_outcomes(None, None)
+
+    assert list(map(str, two(work))) == ["before", "before"]
+
+
 def test_the_first_process_goes_first(two):
     order = []
 

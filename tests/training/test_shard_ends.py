@@ -71,6 +71,31 @@ def test_a_signal_stops_all_processes_and_one_process_may_continue(tmp_path):
         torch.testing.assert_close(found[name], table, rtol=1e-9, atol=1e-9)
 
 
+# Small texts are too long for this attention.
+SMALL_BIAS = """
+import sys
+import train
+from minia3.model import sequence_state
+
+sequence_state.MAX_BIAS = 800
+sys.exit(train.main(is_program=True))
+"""
+
+
+def test_a_batch_that_only_one_process_of_a_copy_refuses_ends_the_run(tmp_path):
+    """The others are waiting for its pass, and never ask for its result."""
+    script = tmp_path / "script.py"
+    script.write_text(SMALL_BIAS)
+    rows = running.rows(16)
+    rows[5]["input"] = "w5 " * 50  # it alone would fit: its batch does not
+    task = running.write(tmp_path / "task", train=rows, test=rows)
+    flags = {"model": running.model("llama"), "task": task, "eval_batch_size": 4, "shard": 2}
+    arguments = running.words(None, "--eval-only", **flags)
+    code, _, err = several.call(4, script, *arguments)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "tokens needs a bias" in err
+
+
 def test_an_adapter_is_evaluated_over_a_divided_base(uninterrupted):
     flags = {"adapter": uninterrupted / "adapter", "shard": 0}
     out = run_on_ranks(2, running.words(None, "--eval-only", **flags))
