@@ -36,7 +36,12 @@ from minia3.training.announce import (
 )
 from minia3.training.choices import TRAINED_ALONE
 from minia3.training.config import Config
-from minia3.training.device import choose_device, choose_dtype, use_deterministic_kernels
+from minia3.training.device import (
+    check_same_device,
+    choose_device,
+    choose_dtype,
+    use_deterministic_kernels,
+)
 from minia3.training.evaluation_memory import plan_evaluation_memory
 from minia3.training.grid import make_cells, set_steps
 from minia3.training.group import Group
@@ -146,6 +151,7 @@ def run_grid(run: Run, config: Config):
     config = set_steps(config, cells)  # --epochs
     device, reason = choose_device(config.device)
     dtype = choose_dtype(config, device)
+    check_same_device(device, dtype)
     run.dtype = str(dtype).removeprefix("torch.")
     announce_device(device, reason, run.dtype, run.saved.dtype)
     announce_processes(run.saved.n_processes, config)

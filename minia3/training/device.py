@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from minia3.files.processes import local_rank, n_on_machine
+from minia3.files.processes import gathered, local_rank, n_on_machine
 
 DEVICES = {  # kind -> what it is; by default, a run takes the first one that the machine has
     "cuda": "NVIDIA's or AMD's GPU",
@@ -203,6 +203,19 @@ def has_bfloat16(device):
     not fuse attention (T4, V100), or there is no product in bfloat16 at all (P100).
     """
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def check_same_device(device, dtype):
+    """Raise ValueError unless all processes of a run compute alike.
+
+    A machine whose GPU does not work would choose its CPU, and the sums of its gradients would wait
+    there for those of the GPUs, forever. All processes must call this, and all of them raise it.
+    """
+    ways = gathered(f"on {device.type} in {str(dtype).removeprefix('torch.')}")
+    for number, way in enumerate(ways):
+        if way != ways[0]:
+            found = f"process {number} computes {way}, and the first one {ways[0]}"
+            raise ValueError(f"{found}: give --device and --dtype")
 
 
 def use_deterministic_kernels():

@@ -1,6 +1,13 @@
 """Several processes on a machine take an accelerator each, and share the memory of the CPU."""
 
+import contextlib
+import io
+from unittest import mock
+
 import pytest
+import running
+import torch
+from ranks import on_ranks
 
 from minia3.files import processes
 from minia3.training import device
@@ -60,3 +67,26 @@ def meminfo(path):
     if str(path) == "/proc/meminfo":
         return "MemAvailable:   8000 kB\n"
     raise FileNotFoundError
+
+
+def run_beside_a_gpu(words):
+    """Run train.py on the CPU in the first process, and as if on a GPU in the others."""
+    gpu = mock.patch("train.choose_device", return_value=(torch.device("cuda"), "as if"))
+    bfloat16 = mock.patch.object(device, "has_bfloat16", return_value=True)
+    with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.ExitStack() as patches:
+        if processes.rank() > 0:
+            patches.enter_context(gpu)
+            patches.enter_context(bfloat16)
+        return running.run(words), errors.getvalue()
+
+
+@pytest.mark.slow
+def test_processes_that_would_not_compute_alike_are_refused(tmp_path):
+    outcomes = on_ranks(2, run_beside_a_gpu, running.words(tmp_path / "run", device="cpu"))
+    assert [code for code, _ in outcomes] == [2, 2]
+    expected = (
+        "train.py: process 1 computes on cuda in bfloat16, and the first one on cpu in float32: "
+        "give --device and --dtype\n"
+    )
+    assert "".join(err for _, err in outcomes) == expected
+    assert not (tmp_path / "run").exists()
