@@ -41,6 +41,7 @@ from minia3.training.run_folder import (
     begin_default_run,
     begin_run,
     check_data,
+    check_same_files,
     check_same_weights,
     checksums_of_run,
     clean_run,
@@ -168,13 +169,14 @@ class Run:
     def start_writing(self, cells, config):
         """Check that no data, chat template or weights have changed, and begin to write.
 
-        Raise ValueError if one has changed. Until this call, a resumed run changes no file,
-        except that it removes temporary files of a killed one.
+        Raise ValueError if one has changed, or differs on another machine of this run. Until this
+        call, a resumed run changes no file, except that it removes temporary files of a killed one.
         """
+        checksums = checksums_of_run(cells, config)
+        weights = digest_weights(config)
+        check_same_files(checksums, weights, config)
         if self.written_folder:
-            checksums = checksums_of_run(cells, config)
             check_data(self.folder, checksums)
-            weights = digest_weights(config)
             check_same_weights(self.folder, weights, config)
             if not (self.folder / "checkpoint.pt").exists():
                 announce_start_over(self.folder)

@@ -22,6 +22,7 @@ from pathlib import Path
 from minia3 import __version__
 from minia3.checkpoints.layout import local_weights
 from minia3.files.lock import SECONDS_BETWEEN_TRIES, FolderLocked, lock_folder, remove_lock
+from minia3.files.processes import gathered
 from minia3.files.read import read_json, sample_digest, sha256
 from minia3.files.write import remove_leftovers, write_json
 from minia3.tasks.split_files import short_name
@@ -326,13 +327,37 @@ def check_same_weights(folder, digest, config):
 def check_data(folder, checksums):
     """Raise ValueError if config.json has other checksums than a resumed run finds."""
     recorded = read_run_config(folder).get("data", checksums)
-    names = sorted(recorded.keys() | checksums.keys())
-    changed = [name for name in names if recorded.get(name) != checksums.get(name)]
+    changed = different_names(recorded, checksums)
     if changed:
         raise ValueError(
             f"{folder}: files have changed since this run began ({', '.join(changed):.200}): "
             "restore them, or begin a new run"
         )
+
+
+def different_names(recorded, checksums):
+    """Return the names of the files that do not have the same checksum in both dicts."""
+    names = sorted(recorded.keys() | checksums.keys())
+    return [name for name in names if recorded.get(name) != checksums.get(name)]
+
+
+def check_same_files(checksums, weights, config):
+    """Raise ValueError if another process of this run has other data, or another local model.
+
+    It is on another machine then. All processes must call this, and all of them raise it.
+    checksums: from `checksums_of_run`. weights: from `digest_weights`.
+    """
+    found = gathered((checksums, weights))
+    first_checksums, first_weights = found[0]
+    for number, (found_checksums, found_weights) in enumerate(found):
+        names = different_names(first_checksums, found_checksums)
+        if found_weights != first_weights:
+            names.append(f"the weights of {config.model}")
+        if names:
+            raise ValueError(
+                f"process {number} has other files than the first one ({', '.join(names):.200}): "
+                "copy the files of one machine to the others"
+            )
 
 
 def record_run(folder, checksums, weights, config):

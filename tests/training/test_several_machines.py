@@ -1,11 +1,18 @@
 """Runs on several machines: two calls of torchrun on this one, which take each other for two."""
 
+import contextlib
+import io
+import os
+import shutil
 import signal
 
 import pytest
 import running
 import several
 from ports import reserved_port
+from ranks import on_ranks
+
+from minia3.files import processes
 
 pytestmark = pytest.mark.slow
 
@@ -66,3 +73,32 @@ def test_a_mistake_ends_the_run_on_both_machines(port):
     assert [code for code, _ in codes_and_errors] == [2, 2]
     message = "train.py: --steps is 0, expected at least 1\n"
     assert "".join(err for _, err in codes_and_errors) == message
+
+
+def run_in_own_folder(folder, words):
+    """Run train.py in a folder that only this process has, as on a machine of its own."""
+    os.chdir(folder / str(processes.rank()))
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        return running.run(words), errors.getvalue()
+
+
+@pytest.mark.parametrize("differs", ["data", "model"])
+def test_machines_with_different_files_are_refused(differs, tmp_path):
+    for number in ("0", "1"):
+        shutil.copytree(running.task(), tmp_path / number / "task")
+        shutil.copytree(running.model("t5"), tmp_path / number / "model")
+    if differs == "data":
+        with open(tmp_path / "1" / "task" / "validation.jsonl", "a") as file:
+            file.write("\n")
+        names = "validation.jsonl"
+    else:
+        other = running.model("t5", seed=1) / "model.safetensors"
+        shutil.copy(other, tmp_path / "1" / "model")
+        names = "the weights of model"
+    words = running.words("run", model="model", task="task")
+    outcomes = on_ranks(2, run_in_own_folder, tmp_path, words)
+    assert [code for code, _ in outcomes] == [2, 2]
+    assert "".join(err for _, err in outcomes) == (
+        f"train.py: process 1 has other files than the first one ({names}): "
+        "copy the files of one machine to the others\n"
+    )
