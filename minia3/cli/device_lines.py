@@ -94,7 +94,7 @@ def part_lines(plan, devices, n_shards, on_device):
     for name, n_bytes in on_device._asdict().items():
         yield name, f"{format_size(n_bytes)} ({titles[name]})"
     if devices.offload:
-        each = plan.on_cpu(n_shards)
+        each = plan.on_cpu(n_shards, is_pinned=True)
         total = format_size(each * devices.n_devices)
         yield "on the CPU", f"{format_size(each)} for each device, {total} for all of them"
 

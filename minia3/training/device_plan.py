@@ -105,9 +105,19 @@ class Plan:
             return max(n_rows * row for n_rows, row in self.base.rows)
         return math.ceil(max(self.base.groups.values()) / n_shards)
 
-    def on_cpu(self, n_shards):
-        """Return the bytes that --offload keeps in the memory of the CPU for one device."""
-        return self.base.share(n_shards) - self.base.n_whole
+    def on_cpu(self, n_shards, is_pinned=False):
+        """Return the bytes that --offload keeps in the memory of the CPU for one device.
+
+        is_pinned: whether they are copied to a GPU. Then torch pins the rows of each weight, in a
+        block of memory whose size it rounds up to a power of two.
+        """
+        total = 0
+        for n_rows, row in self.base.rows:
+            n_bytes = math.ceil(n_rows / n_shards) * row
+            if is_pinned:
+                n_bytes = 1 << (n_bytes - 1).bit_length()
+            total += n_bytes
+        return total
 
     def activations(self, shape):
         if shape not in self.planned:
@@ -133,8 +143,9 @@ class Plan:
 class Base:
     """The parameters of a model but for the vectors: their bytes, from their shapes.
 
-    rows: (number of rows, bytes of a row) of each parameter in a block. groups: the bytes of the
-    parameters that are gathered together. n_whole: bytes of what belongs to no block.
+    rows: (number of rows, bytes of a row) of each parameter in a block; of its codes and its scales
+    if it is quantized. groups: the bytes of the parameters that are gathered together. n_whole:
+    bytes of what belongs to no block.
     """
 
     def __init__(self, model_config, dtype, quantize):
@@ -148,11 +159,13 @@ class Base:
             if name.endswith(".scale"):
                 self.n_vectors += parameter.numel()
                 continue
-            row = row_bytes(parameter, dtype_of_parameter(name, dtype), None)
+            n_rows = len(parameter)
+            rows = row_bytes(parameter, dtype_of_parameter(name, dtype), None)
             if quantize and is_quantizable(model, name):
-                self.largest_dequantized = max(self.largest_dequantized, len(parameter) * row)
-                row = row_bytes(parameter, dtype, quantize)
-            self.add(name, len(parameter), row)
+                self.largest_dequantized = max(self.largest_dequantized, n_rows * sum(rows))
+                rows = row_bytes(parameter, dtype, quantize)
+            for row in rows:
+                self.add(name, n_rows, row)
 
     def add(self, name, n_rows, row):
         block = BLOCK.match(name)
@@ -192,13 +205,13 @@ def model_of_shapes(model_config):
 
 
 def row_bytes(parameter, dtype, quantize):
-    """Return the bytes of a row of a parameter: of its entries, or of its codes and scales."""
+    """Return the bytes of a row of a parameter, or of its codes and of its scales, as a tuple."""
     n_entries = parameter[0].numel()
     if quantize == "int8":
-        return n_entries + 4
+        return n_entries, 4
     if quantize == "nf4":
-        return n_entries // 2 + 4 * (n_entries // NF4_BLOCK)
-    return n_entries * dtype.itemsize
+        return n_entries // 2, 4 * (n_entries // NF4_BLOCK)
+    return (n_entries * dtype.itemsize,)
 
 
 def recipe_shape(n_examples, length):

@@ -140,6 +140,8 @@ def out_of_memory_message(error, run):
         remedies.append(f"lower {' or '.join(flags)}")
     if len(smaller) < len(sizes):
         remedies.append("use a smaller model, a shorter --max-length or --recompute")
+    if run.is_offloaded:
+        remedies.append("free memory of the CPU, in which --offload keeps the base")
     message = f"out of memory: {', or '.join(remedies)}: {reason}"
     # The folder of a new run without results is removed.
     if smaller and run.folder is not None and (run.folder / "metrics.jsonl").exists():

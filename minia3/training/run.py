@@ -119,6 +119,7 @@ class Run:
         if config.is_training:
             self.suggested_micro_batch_size = (config.micro_batch_size or config.batch_size) // 2
         self.suggested_eval_batch_size = config.eval_batch_size // 2
+        self.is_offloaded = config.offload
 
     def open_folder(self, config):
         """Lock the folder of the run, and read its checkpoint if there is one."""

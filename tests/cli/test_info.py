@@ -349,12 +349,12 @@ def test_offloading_needs_little_of_a_device_and_says_what_the_cpu_has(no_activa
     alone = plan_of(*flags, "--devices", 1)
     assert alone["devices"] == "1 of 24.00 GB: bfloat16 base, whole for each, on the CPU"
     assert alone["weights"] == "1.05 GB (what belongs to no block)"
-    assert alone["on the CPU"] == "136.90 GB for each device, 136.90 GB for all of them"
+    assert alone["on the CPU"] == "153.01 GB for each device, 153.01 GB for all of them"
     assert "--recompute --offload --batch-size 8" in alone["command"]
     assert alone["command"].startswith("minia3 train --model")
     several = plan_of(*flags, "--devices", 4)  # divided, as in a run
     assert several["devices"].endswith("divided among them, on the CPU")
-    assert several["on the CPU"] == "34.23 GB for each device, 136.90 GB for all of them"
+    assert several["on the CPU"] == "38.25 GB for each device, 153.01 GB for all of them"
     assert "--shard --offload" in several["command"]
 
 

@@ -2,6 +2,7 @@
 and of real steps of several processes; and docs/scale.md has the tables that it makes."""
 
 import functools
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,6 +86,22 @@ def test_shares_are_rows_of_what_is_in_a_block_and_all_of_the_rest(folders, name
                 tensor = tensor.chunk(n_shards)[0]
             expected += tensor.numel() * tensor.element_size()
         assert Base(model.config, torch.bfloat16, quantize).share(n_shards) == expected
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("name", WIDE)
+def test_rows_that_are_pinned_take_powers_of_two(folders, name, quantize):
+    model = minia3.load_model(folders(name), dtype=torch.bfloat16, quantize=quantize)
+    plan = Plan(model.config, torch.bfloat16, quantize)
+    for n_shards in (1, 3):
+        expected = 0
+        for parameter_name, parameter in model.named_parameters():
+            if "blocks." in parameter_name and not parameter_name.endswith(".scale"):
+                share = parameter.detach().chunk(n_shards)[0]
+                expected += 2 ** math.ceil(math.log2(share.numel() * share.element_size()))
+        assert plan.on_cpu(n_shards, is_pinned=True) == expected
+        assert plan.on_cpu(n_shards) == plan.base.share(n_shards) - plan.base.n_whole
+    assert plan.on_cpu(3) < expected  # because thirds are no powers of two
 
 
 def test_keys_and_values_of_the_source_are_gathered_apart_from_their_block(folders):

@@ -283,6 +283,15 @@ def test_without_a_plan_a_half_of_the_batch_is_offered(tmp_path, capsys, monkeyp
     fails(arguments, capsys, f"out of memory: {others}", code=1)
 
 
+def test_a_base_on_the_cpu_may_be_what_takes_its_memory(tmp_path):
+    config = train.Config(out=str(tmp_path / "run"), offload=True)
+    offloaded = train.Run(config, None)
+    offloaded.close("failed")
+    error = RuntimeError("CUDA error: out of memory")
+    message = memory_fit.out_of_memory_message(error, offloaded)
+    assert "or free memory of the CPU, in which --offload keeps the base: CUDA error" in message
+
+
 def test_a_run_that_ran_out_of_memory_continues_with_the_command_that_it_names(
     tmp_path, capsys, monkeypatch
 ):
