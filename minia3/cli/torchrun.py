@@ -14,6 +14,10 @@ from importlib.machinery import PathFinder
 from minia3.files.read import one_line
 from minia3.files.streams import print_error
 
+# Seconds in which processes must end after a signal. torchrun kills them after 30 seconds, but with
+# --method full, a run may take longer to save its state: three times as many bytes as the model.
+SHUTDOWN_TIMEOUT = 600
+
 TITLE = "Start a run in several processes, with torchrun's flags"
 EXAMPLE = "minia3 torchrun --nproc-per-node 4 train.py --model t5-base --task rte"
 
@@ -31,6 +35,7 @@ def run(args):
     """Return the exit code of the process that failed first, or 0. A signal n is 128 + n."""
     # Otherwise torch prints a stack of calls of C++ if a process ends before another one.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_TIMEOUT))
     from torch.distributed import DistNetworkError
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException

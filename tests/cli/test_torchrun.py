@@ -11,7 +11,9 @@ import pytest
 import running
 import several
 from ranks import on_ranks
+from torch.distributed import run as torchrun
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
+from torch.distributed.launcher.api import LaunchConfig
 
 from minia3.cli.main import main
 
@@ -145,6 +147,26 @@ def test_who_sets_no_number_of_threads_hears_which_one_torchrun_takes(monkeypatc
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
     assert main(words) == 0
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(
+    "shutdown_timeout" not in LaunchConfig.__dataclass_fields__,
+    reason="this torch always kills processes after 30 seconds",
+)
+def test_processes_have_ten_minutes_to_save_unless_the_user_says_otherwise(monkeypatch):
+    seconds = []
+
+    def run(options):
+        config, *_ = torchrun.config_from_args(options)
+        seconds.append(config.shutdown_timeout)
+
+    monkeypatch.setattr(torchrun, "run", run)
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")
+    assert main(["torchrun", "-m", "minia3"]) == 0
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+    assert main(["torchrun", "-m", "minia3"]) == 0
+    assert main(["torchrun", "--shutdown-timeout", "7", "-m", "minia3"]) == 0
+    assert seconds == [5, 600, 7]
 
 
 def test_machines_that_do_not_meet_are_one_line(monkeypatch, capsys):

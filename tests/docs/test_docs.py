@@ -49,6 +49,7 @@ OTHER_FLAGS = {
     "--no-deps",
     "--nproc-per-node",  # torchrun
     "--standalone",
+    "--shutdown-timeout",
     "--model-path",  # SGLang
     "--outfile",  # llama.cpp
     "--local-dir",
