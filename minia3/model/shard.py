@@ -17,6 +17,7 @@ same passes, in the same order. Before each pass, they compare how many they hav
 
 import math
 import warnings
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -90,8 +91,13 @@ def shard(model, shards):
         fully_shard(block, **options)
     fully_shard(model, **options)
     # FSDP2 gathers around `forward`, which these models do not have.
-    register(model, "start")
     register(model, "run_blocks")
+    # It would also move all tensors that it sees among the arguments to a GPU, and wait for that.
+    # `start` reads masks and adapter rows on the CPU, so FSDP2 sees a function without arguments.
+    start = model.start
+    model.call = lambda function: function()
+    register(model, "call")
+    model.start = lambda *args, **options: model.call(partial(start, *args, **options))
     model.shards = shards
     model.n_read_at_least = 1  # so that a LLaMA makes a pass even for prompts of one token
     count_passes(model)

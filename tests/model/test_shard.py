@@ -1,10 +1,14 @@
 """A model that is divided among processes computes what the whole model computes."""
 
+from types import SimpleNamespace
+from unittest import mock
+
 import pytest
 import torch
 from batches import batch_of
 from conftest import make, randomize, tokens
 from ranks import my_shards, on_ranks
+from torch.utils._pytree import tree_leaves
 from torch_version import divides_a_base, divides_a_quantized_base
 
 import minia3
@@ -169,6 +173,33 @@ def test_offloaded_rows_stay_on_the_cpu_whatever_the_device_that_computes():
     for (shape, device, rows), expected in zip(found, ([[0, 1], [2, 3]], [[4, 5]]), strict=True):
         assert (shape, device) == ((3, 2), "cpu")
         assert rows.tolist() == expected
+
+
+def tensors_that_are_moved(folder):
+    """Return the tensors that FSDP2 would have moved to the device if it were a GPU."""
+    moved = []
+
+    def note(args, options, *_):
+        moved.extend([args, options])
+        return (args,), (options,)
+
+    model = load(folder, my_shards())
+    step(model, torch.arange(len(LENGTHS)), len(LENGTHS))  # which prepares FSDP2
+    model._get_fsdp_state()._device = SimpleNamespace(type="cuda")
+    with mock.patch("torch.distributed.fsdp._fully_shard._fsdp_state._to_kwargs", note):
+        step(model, torch.arange(len(LENGTHS)), len(LENGTHS))
+        written(model)
+    assert moved, "FSDP2 has changed: it no longer looks at arguments"
+    return [value for value in tree_leaves(moved) if isinstance(value, torch.Tensor)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t5-v1.0", "llama-gqa"])
+def test_masks_and_adapters_stay_on_the_cpu_until_they_are_needed(name, peer):
+    """FSDP2 would copy them to a GPU, and wait for the copies."""
+    for tensors in on_ranks(2, tensors_that_are_moved, peer(name).folder):
+        # Tokens alone, which are there already
+        assert {(tensor.dtype, tensor.dim()) for tensor in tensors} == {(torch.int64, 2)}
 
 
 # One choice, or several
