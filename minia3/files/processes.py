@@ -208,12 +208,21 @@ def overwrite_by_first(tensor):
 
 @contextmanager
 def first_goes_first():
-    """Let the first process do the block, and then the others, which find what it downloaded."""
-    if not is_first():
-        from_first(None)
-    yield
+    """Let the first process do the block, then one on each other machine, and then all the others.
+
+    So one process of a machine downloads a file, and the others find it. If all of them began at
+    once, those that wait for a long download would give up (checkpoints/hub.py).
+    """
+    turn = 2
     if is_first():
-        from_first(None)
+        turn = 0
+    elif local_rank() == 0:
+        turn = 1
+    for _ in range(turn):
+        gathered(None)
+    yield
+    for _ in range(2 - turn):
+        gathered(None)
 
 
 def gathered(value):

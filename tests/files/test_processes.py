@@ -1,5 +1,6 @@
 """What several processes tell each other; those that torchrun starts are tested with runs."""
 
+import os
 import pickle
 import signal
 import subprocess
@@ -158,7 +159,8 @@ def test_an_error_before_or_after_the_shares_of_a_copy_is_exchanged(two):
     assert list(map(str, two(work))) == ["before", "before"]
 
 
-def test_the_first_process_goes_first(two):
+def test_the_first_process_goes_first(two, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
     order = []
 
     def work(rank):
@@ -269,3 +271,21 @@ def values_of_all():
 def test_processes_on_a_machine_with_an_accelerator_tell_each_other_what_is_on_the_cpu():
     outcomes = on_ranks(2, values_of_all, prepare=find_accelerator)
     assert outcomes == [([0, 1], "from 0", 2.0)] * 2
+
+
+def note_turn(log):
+    """Take a turn as one of two processes on one of two machines."""
+    os.environ["LOCAL_RANK"] = str(processes.rank() % 2)
+    with processes.first_goes_first(), open(log, "a") as file:
+        file.write(f"{processes.rank()} begins\n")
+        file.flush()
+        file.write(f"{processes.rank()} ends\n")
+
+
+@pytest.mark.slow
+def test_one_process_of_each_machine_goes_before_the_others(tmp_path):
+    log = tmp_path / "log"
+    on_ranks(4, note_turn, log)
+    lines = log.read_text().splitlines()
+    assert lines[:4] == ["0 begins", "0 ends", "2 begins", "2 ends"]
+    assert sorted(lines[4:]) == ["1 begins", "1 ends", "3 begins", "3 ends"]
