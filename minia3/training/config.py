@@ -132,8 +132,8 @@ class Config:
     resume: str | None = flag(
         None,
         "continue the run in this folder, with its flags; --steps extends it, and --device, "
-        "--data-dir, --log-to, --micro-batch-size and --eval-batch-size may differ (default: a new "
-        "run)",
+        "--data-dir, --log-to, --micro-batch-size, --eval-batch-size, --shard and --offload may "
+        "differ (default: a new run)",
     )
     or_resume: bool = flag(
         False, "if --out holds a run with these flags already, continue it, as --resume does"

@@ -27,8 +27,9 @@ EVALUATION_FLAGS = (
 # These flags say on which machine a run happens.
 PLACES_OF_MACHINE = ("data_dir", "device", "log_to")
 # These flags may differ when a run is resumed. The sizes change results only by rounding and the
-# draws of dropout, and a run that ran out of memory needs smaller ones.
-MAY_DIFFER = (*PLACES_OF_MACHINE, "micro_batch_size", "eval_batch_size")
+# draws of dropout, and a run that ran out of memory needs smaller ones. Where the base is changes
+# results only by rounding, too, and another number of processes needs another --shard.
+MAY_DIFFER = (*PLACES_OF_MACHINE, "micro_batch_size", "eval_batch_size", "shard", "offload")
 # These flags say where a run happens and what it continues, and not what it computes.
 PLACES = (*PLACES_OF_MACHINE, "out", "resume", "config", "or_resume")
 PROMPTS = ("input", "target")
@@ -48,7 +49,8 @@ def unrecorded_flags(config, recorded):
     flags = {}
     for name in ("steps", *MAY_DIFFER):
         value = getattr(config, name)
-        if value != recorded.get(name):
+        default = getattr(type(config), name)  # an earlier version has fewer flags
+        if value != recorded.get(name, default):
             flags[name] = "none" if value is None else value  # of --log-to
     return flags
 
@@ -70,7 +72,9 @@ def resume_command(program, folder, flags):
         program = f"torchrun {count} {started}"
     words = ["--resume", str(folder)]
     for name, value in flags.items():
-        words += [option(name), str(value)]
+        words.append(option(name))
+        if value is not True:
+            words.append(str(value))
     return f"{program} {shlex.join(words)}"
 
 

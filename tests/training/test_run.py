@@ -44,7 +44,7 @@ from minia3.training.log import TrainingLog
 from minia3.training.metrics_file import Metrics
 from minia3.training.optimizer import RowOptimizer
 from minia3.training.run_folder import begin_run
-from minia3.training.shown_commands import resume_command
+from minia3.training.shown_commands import resume_command, unrecorded_flags
 from minia3.training.signals import WAITING
 
 RECIPES = {
@@ -466,6 +466,16 @@ def test_the_command_to_continue_has_the_flags_that_config_json_does_not_have_ye
         f"minia3.train(resume={str(out)!r}, steps=6, device='cpu')"
     )
     assert run(["--resume", out, *given]) == 0
+
+
+def test_the_command_that_continues_a_run_has_flags_without_a_value():
+    flags = {"shard": 2, "offload": True}
+    expected = "python train.py --resume run --shard 2 --offload"
+    assert resume_command("python train.py", "run", flags) == expected
+
+
+def test_a_flag_that_an_earlier_version_did_not_have_has_not_changed():
+    assert unrecorded_flags(Config(resume="run"), {"eval_batch_size": 16}) == {}
 
 
 def test_a_stopped_evaluation_without_a_folder_has_nothing_to_continue(capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """Runs over a divided base are stopped, die and continue as other runs do."""
 
+import json
 import os
 import signal
 import sys
@@ -35,6 +36,34 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
+EXACT = {"dropout": 0.0, "dtype": "float64"}
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory):
+    """The vectors of a run in one process, which are exact enough to compare with others."""
+    folder = tmp_path_factory.mktemp("exact") / "run"
+    assert running.run(running.words(folder, **FLAGS | EXACT | {"shard": None})) == 0
+    return running.last_vectors(folder)
+
+
+def stopped_run(n_processes, folder, **values):
+    """Stop a run in several processes, in a step."""
+    process = several.Torchrun(n_processes, *words(folder, **EXACT, **values))
+    process.wait_for("step     10")
+    process.send_signal(signal.SIGTERM)
+    code, _, err = process.finish()
+    assert code == 128 + signal.SIGTERM
+    started = f"torchrun --nproc-per-node {n_processes} train.py"
+    assert err == f"stopped; to continue: {started} --resume {running.quoted(folder)}\n"
+
+
+def check_exact(folder, exact):
+    found = running.last_vectors(folder)
+    for name, table in exact.items():
+        torch.testing.assert_close(found[name], table, rtol=1e-9, atol=1e-9)
+
+
 def test_a_process_that_dies_ends_the_run_and_resume_gives_the_same_bits(uninterrupted, tmp_path):
     folder = tmp_path / "run"
     process = several.Torchrun(2, *words(folder))
@@ -53,22 +82,21 @@ def test_a_process_that_dies_ends_the_run_and_resume_gives_the_same_bits(uninter
     assert running.outcome(folder) == running.outcome(uninterrupted)
 
 
-def test_a_signal_stops_all_processes_and_one_process_may_continue(tmp_path):
+def test_a_signal_stops_all_processes_and_one_process_may_continue(exact, tmp_path):
     folder = tmp_path / "run"
-    exact = {"dropout": 0.0, "dtype": "float64"}
-    process = several.Torchrun(2, *words(folder, **exact))
-    process.wait_for("step     10")
-    process.send_signal(signal.SIGINT)
-    code, _, err = process.finish()
-    assert code == 128 + signal.SIGINT
-    command = f"torchrun --nproc-per-node 2 train.py --resume {running.quoted(folder)}"
-    assert err == f"stopped; to continue: {command}\n"
+    stopped_run(2, folder)
     assert running.run(["--resume", folder]) == 0
-    alone = tmp_path / "alone"
-    assert running.run(running.words(alone, **FLAGS | exact | {"shard": None})) == 0
-    found = running.last_vectors(folder)
-    for name, table in running.last_vectors(alone).items():
-        torch.testing.assert_close(found[name], table, rtol=1e-9, atol=1e-9)
+    check_exact(folder, exact)
+
+
+def test_another_number_of_processes_may_divide_the_base_in_another_way(exact, tmp_path):
+    folder = tmp_path / "run"
+    stopped_run(4, folder, shard=4)
+    out = run_on_ranks(2, ["--resume", folder, "--shard", "2", "--offload"])
+    assert "shard    2 processes hold the base together, in the memory of the CPU" in out
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["shard"], config["offload"]) == (2, True)
+    check_exact(folder, exact)
 
 
 # Small texts are too long for this attention.
