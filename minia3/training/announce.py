@@ -7,6 +7,7 @@ from minia3.files.messages import plural
 from minia3.files.processes import n_processes
 from minia3.files.read import reading
 from minia3.model.shard import is_sharded
+from minia3.training.choices import TRAINED_ALONE
 from minia3.training.flags import expand_grid
 from minia3.training.metrics_file import read_metrics
 from minia3.training.optimizer import learning_rate
@@ -88,11 +89,22 @@ def announce_processes(n_before, config):
     if n_now > 1:
         shared = "step" if config.is_training else "evaluation"
         print(f"share    each of {n_now} processes computes a part of every {shared}")
+    n_examples = examples_of_step(config)
+    if config.is_training and n_examples < n_now:
+        examples = f"{n_examples} {plural(n_examples, 'example')}"
+        print(f"note     a step has {examples} for {n_now} processes: raise --batch-size")
     if n_before != n_now:
         print(
             f"note     processes so far: {n_before}, from now on: {n_now}; results differ by "
             "rounding, and dropout is drawn in another way"
         )
+
+
+def examples_of_step(config):
+    """Return how many examples a step has: of all adapters that train together, while they do."""
+    if config.method in TRAINED_ALONE:
+        return config.batch_size
+    return config.batch_size * len(expand_grid(config, config.axes))
 
 
 def announce_group(group, is_first):

@@ -113,6 +113,7 @@ class Run:
         self.undo_step = None  # a function, while a step computes: see `step_may_be_abandoned`
         self.trackers = []
         self.unsent = []  # lines that the trackers have not got yet
+        self.has_results = False  # metrics.jsonl has a line of this process, or of the first one
         # What to advise if memory runs out; 0: no size is smaller. Planning it (memory_fit.py) may
         # lead to better sizes.
         self.suggested_micro_batch_size = 0
@@ -159,9 +160,17 @@ class Run:
 
     def gone_message(self, gone):
         """What a run says if another process of it has ended."""
-        if self.folder is None or not (self.folder / "config.json").exists():
+        if self.folder is None or not self.can_continue():
             return str(gone)
         return f"{gone}; to continue: {self.continuation}"
+
+    def can_continue(self):
+        """Return whether the run has left its folder, although another process may have ended.
+
+        A process on a machine without the folder knows that a run with results leaves it.
+        """
+        is_elsewhere = not is_first() and (self.has_results or not self.is_new)
+        return is_elsewhere or (self.folder / "config.json").exists()
 
     @property
     def is_finished(self):
@@ -209,6 +218,7 @@ class Run:
         """
         self.check_folder()
         self.metrics.write(event=event, **values)
+        self.has_results = True
         self.unsent.append({"event": event, **values})
         if not self.signals.is_held:
             self.send_lines()
@@ -261,7 +271,8 @@ class Run:
 
         This runs in another thread, while the main thread is in a long operation.
         """
-        self.write_checkpoint(group.state_before_step(rng_state))
+        if self.written_folder is not None:
+            self.write_checkpoint(group.state_before_step(rng_state))
         sys.stdout.flush()  # because the process ends without cleaning up
         if has_first_word(128 + signal_number):
             tqdm.write(self.stop_message, file=sys.stderr)

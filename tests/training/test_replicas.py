@@ -239,6 +239,24 @@ def test_what_processes_share_is_what_the_run_does(flag, shared, monkeypatch, ca
     assert capsys.readouterr().out == line
 
 
+@pytest.mark.parametrize(
+    ("flags", "note"),
+    [
+        ({"batch_size": 3}, "a step has 3 examples for 4 processes: raise --batch-size"),
+        ({"batch_size": 1}, "a step has 1 example for 4 processes: raise --batch-size"),
+        ({"batch_size": 2, "seed": (0, 1)}, None),
+        ({"batch_size": 2, "seed": (0, 1), "method": "lora"}, "a step has 2 examples for 4"),
+        ({"batch_size": 1, "eval_only": True}, None),
+    ],
+)
+def test_a_batch_with_too_few_examples_for_all_processes_is_noted(flags, note, monkeypatch, capsys):
+    monkeypatch.setattr(announce, "n_processes", lambda: 4)
+    announce.announce_processes(4, Config(**flags))
+    _, *notes = capsys.readouterr().out.splitlines()
+    assert len(notes) == (note is not None)
+    assert all(line.startswith(f"note     {note}") for line in notes)
+
+
 def test_each_process_and_each_step_draws_its_own_dropout(monkeypatch):
     drawn = set()
     before = torch.get_rng_state()

@@ -13,6 +13,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import running
@@ -26,6 +27,7 @@ from running import (
     kill_self,
     metrics,
     outcome,
+    quoted,
     resume,
     run,
     words,
@@ -34,6 +36,7 @@ from running import (
 import minia3
 import train
 from minia3.checkpoints.load import load_model
+from minia3.files import processes
 from minia3.training import checkpoint as training_checkpoint
 from minia3.training import group as training_group
 from minia3.training import run as training_run
@@ -43,6 +46,7 @@ from minia3.training.group import Group
 from minia3.training.log import TrainingLog
 from minia3.training.metrics_file import Metrics
 from minia3.training.optimizer import RowOptimizer
+from minia3.training.run import Run
 from minia3.training.run_folder import begin_run
 from minia3.training.shown_commands import resume_command, unrecorded_flags
 from minia3.training.signals import WAITING
@@ -472,6 +476,29 @@ def test_the_command_that_continues_a_run_has_flags_without_a_value():
     flags = {"shard": 2, "offload": True}
     expected = "python train.py --resume run --shard 2 --offload"
     assert resume_command("python train.py", "run", flags) == expected
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """The Run of a process that is not the first, on a machine without the folder of the run."""
+    monkeypatch.setattr(processes._process, "rank", 1)
+    made = Run(Config(), SimpleNamespace(is_held=True))
+    made.folder = tmp_path / "run"
+    return made
+
+
+def test_a_process_without_the_folder_knows_whether_the_run_can_continue(elsewhere, tmp_path):
+    assert elsewhere.gone_message("gone") == "gone"  # the first process removes an empty folder
+    elsewhere.write("before")
+    command = f"python train.py --resume {quoted(tmp_path / 'run')}"
+    assert elsewhere.gone_message("gone") == f"gone; to continue: {command}"
+
+
+def test_a_process_that_writes_nothing_collects_no_state_when_it_must_end_at_once(
+    elsewhere, capsys
+):
+    elsewhere.save_and_report(None, None, signal.SIGTERM)
+    assert capsys.readouterr().err.startswith("stopped; to continue: ")
 
 
 def test_a_flag_that_an_earlier_version_did_not_have_has_not_changed():
