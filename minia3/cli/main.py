@@ -21,7 +21,14 @@ from minia3.cli import (
 )
 from minia3.cli.terminal import show
 from minia3.files.messages import message_of
-from minia3.files.processes import has_first_word, is_alone_or_first, is_first, join, leave
+from minia3.files.processes import (
+    computing_together,
+    has_first_word,
+    is_alone_or_first,
+    is_first,
+    join,
+    leave,
+)
 from minia3.files.program import was_interrupted
 from minia3.files.streams import print_error, print_last, use_utf8
 from minia3.training.flags import Parser
@@ -64,7 +71,7 @@ def main(argv=None):
                 return train.main(words[1:], is_program=argv is None)  # with its own exit codes
             if not takes_part(words):
                 return 0
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), computing_together():
                 warnings.showwarning = print_warning
                 args = parse(words)
                 code = args.run(args) or 0

@@ -33,7 +33,10 @@ N_LEFT = "n-left"
 MOMENT = 2.0  # seconds that a process waits for others when it leaves
 
 # What torch says if the other end of a connection is gone; other errors are shown as well.
-SIGNS = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "remote process")
+SIGNS = (
+    *("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "remote process"),
+    "Connection timed out",  # its machine has lost its power, or its network
+)
 
 GONE = "another process of this run has ended"
 

@@ -20,6 +20,7 @@ from running import ROOT
 
 from minia3.cli import info
 from minia3.cli.main import COMMANDS, main, parse
+from minia3.files import processes
 from minia3.files.program import begin, forget_interrupt, freeze_objects
 from minia3.training import memory_plan
 
@@ -374,3 +375,13 @@ def test_an_error_in_place_of_ctrl_c_causes_no_message(error, capsys, monkeypatc
     monkeypatch.setattr(info, "run", run)
     assert main(["info", "tiny-t5"]) == 130
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_process_that_waits_for_one_that_is_gone_says_so(monkeypatch, capsys):
+    def lose(args):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]")
+
+    monkeypatch.setattr(info, "run", lose)
+    monkeypatch.setattr(processes._process, "n_processes", 2)
+    assert main(["info", "tiny-t5"]) == 1
+    assert capsys.readouterr().err == "minia3: another process of this run has ended\n"

@@ -215,6 +215,8 @@ def test_a_lost_connection_is_a_peer_that_is_gone():
     said = "[gloo/pair.cc:1] Connection closed by peer [127.0.0.1]:1"
     with pytest.raises(PeerGone, match=r"of this run has ended$"), meeting():
         raise RuntimeError(said)
+    with pytest.raises(PeerGone, match=r"of this run has ended$"), meeting():
+        raise RuntimeError("[gloo/pair.cc:1] Read error [10.0.0.2]:1: Connection timed out")
     with pytest.raises(PeerGone, match=r"or cannot be reached: NCCL error$"), meeting():
         raise RuntimeError("NCCL error")
 
