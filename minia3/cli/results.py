@@ -42,6 +42,11 @@ UNNAMED_FLAGS = {
 }
 LENGTHS = ("steps", "epochs")  # a result keeps one of them: see `choose_lengths`
 TASK_FLAGS = ("input", "target", "labels", "metric", "chat_template")  # which suit a single task
+# How a result was evaluated, whatever the method
+EVALUATED = (
+    *("eval_prompt", "max_length", "max_target_length", "max_new_tokens"),
+    *("dtype", "quantize"),
+)
 MOST_PATHS = 5  # that a message names
 EXTENDED = "extended from"  # no flag: the steps after which `--resume --steps` made a run longer
 
@@ -439,8 +444,8 @@ def label_results(results):
     choose_lengths(results)
     different = find_differences(results)
     # T-Few's shots differ by task, so they are compared within each. If they differ there, all
-    # results of the method name them: otherwise other tasks would look like trained on all rows.
-    methods_with_shots = {method for flag, method, _ in different if flag == "shots"}
+    # results of the group name them: otherwise other tasks would look like trained on all rows.
+    groups_with_shots = {group for flag, group, _ in different if flag == "shots"}
 
     named_flags = {}  # folder of a run -> the flags that its results name
     for result in results:
@@ -448,7 +453,7 @@ def label_results(results):
         for flag in result.flags:
             if is_always_named(result, flag) or comparison(result, flag) in different:
                 named.add(flag)
-        if result.method in methods_with_shots:
+        if shots_group(result) in groups_with_shots:
             named.add("shots")
 
     for result in results:
@@ -504,17 +509,26 @@ def choose_lengths(results):
 def comparison(result, flag):
     """Return a key that is the same for all results whose values of a flag are compared.
 
-    The budget is compared between all methods, because it is the effort. Shots, and flags that suit
-    a single task, are compared between the results of one method on one task. Any other flag is
-    compared between the results of one method.
+    The budget is compared between all methods, because it is the effort, and so is how results were
+    evaluated. The words of a task are compared between all results on it, and so are the shots, but
+    those of in-context learning by themselves. Any other flag is compared within a method.
     """
     if flag in LENGTHS:
         return ("length", None, None)
-    if flag == "batch_size":
+    if flag == "batch_size" or flag in EVALUATED:
         return (flag, None, None)
-    if flag == "shots" or flag in TASK_FLAGS:
-        return (flag, result.method, result.task)
+    if flag == "shots":
+        return (flag, shots_group(result), result.task)
+    if flag in TASK_FLAGS:
+        return (flag, None, result.task)
     return (flag, result.method, None)
+
+
+def shots_group(result):
+    """Return a name that is the same for results whose shots mean the same: rows to train on, or
+    rows before each input. Beside 32 shots of LoRA, (IA)^3 without shots had all rows.
+    """
+    return "trained" if result.n_trainable else result.method
 
 
 def tell_data_apart(results):

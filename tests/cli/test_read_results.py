@@ -135,7 +135,15 @@ def test_shots_are_compared_within_a_task(tmp_path):
     make_run(tmp_path / "d", task="rte")  # all rows: this is no number of shots
     assert labels(tmp_path) == ["ia3, shots 32", "ia3, shots 20", "ia3, shots 4", "ia3"]
     make_run(tmp_path / "e", [{"trainable": 9}], task="rte", method="lora", shots=8)
-    assert labels(tmp_path)[-1] == "lora"  # the shots of other methods do not matter
+    assert labels(tmp_path)[-1] == "lora, shots 8"
+
+
+def test_shots_are_compared_between_methods_that_train(tmp_path):
+    """The row `lora` had eight rows to train on, and the row `ia3` beside it had all of them."""
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", [{"trainable": 9}], method="lora", shots=8)
+    make_run(tmp_path / "c", [{"trainable": 0}], method="icl", shots=4)  # these train nothing
+    assert labels(tmp_path) == ["ia3", "lora, shots 8", "icl"]
 
 
 def test_few_shots_on_one_task_are_not_named_like_all_rows_of_another(tmp_path):
@@ -182,6 +190,28 @@ def test_prompts_of_the_evaluation_are_named_if_they_differ(tmp_path):
     make_run(tmp_path / "a", eval_prompt="0")
     make_run(tmp_path / "b", [{"accuracies": [0.5, 0.6]}], eval_prompt="all")
     assert labels(tmp_path) == ["ia3, eval-prompt 0", "ia3, eval-prompt all"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "values"),
+    [
+        ("eval_prompt", ("0", "all")),
+        ("dtype", ("float32", "bfloat16")),
+        ("quantize", ("nf4", "int8")),
+        ("max_length", (512, 256)),
+        ("max_target_length", (64, 128)),
+        ("max_new_tokens", (64, 8)),
+        ("input", ("{text}", "{text} Good?")),
+        ("labels", ("no,yes", "bad,good")),
+    ],
+)
+def test_how_results_were_evaluated_is_compared_between_methods(tmp_path, flag, values):
+    """The base was evaluated in other words than the adapter beside it, and nothing said so."""
+    methods = {"ia3": [{}], "none": [{"trainable": 0}]}
+    for value, (method, finals) in zip(values, methods.items(), strict=True):
+        make_run(tmp_path / method, finals, method=method, **{flag: value})
+    name = flag.replace("_", "-")
+    assert labels(tmp_path) == [f"ia3, {name} {values[0]}", f"none, {name} {values[1]}"]
 
 
 def test_flags_of_training_do_not_distinguish_what_was_only_evaluated(tmp_path):
