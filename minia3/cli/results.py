@@ -77,6 +77,8 @@ class Result:
     data_digest: str  # six digits of the checksums of the task's files
     weights_digest: str | None  # six digits of a checksum of the base; None: unknown
     label: str = ""  # the method, and the flags that do distinguish it
+    n_shots: float = np.nan  # of in-context learning: how many fit before a row, on average
+    n_shots_given: float = np.nan
 
     @property
     def identity(self):
@@ -294,6 +296,8 @@ def read_result(run, final):
         flags=select_flags(run, final),
         data_digest=digest_data(run.config.get("data", {}), task),
         weights_digest=(run.config.get("weights") or "")[:6] or None,
+        n_shots=float(final.get("n_shots", np.nan)),
+        n_shots_given=float(final.get("n_shots_given", run.config.get("shots") or np.nan)),
     )
 
 
@@ -462,6 +466,24 @@ def label_results(results):
             if flag in named_flags[result.run_folder]:
                 parts += name_flag(flag, value)
         result.label = ", ".join(parts)
+    name_fitting_shots(results)
+
+
+def name_fitting_shots(results):
+    """Add to a label how many shots fit before a row, if these are fewer than there were.
+
+    Results that share a row of the table share the mean, because it differs by seed and by task.
+    """
+    rows = {}  # model and label -> its results
+    for result in results:
+        rows.setdefault((result.model, result.label), []).append(result)
+    for same_row in rows.values():
+        n_fitting = np.mean([result.n_shots for result in same_row])
+        n_given = np.mean([result.n_shots_given for result in same_row])
+        if n_fitting < n_given:  # and none of them is NaN
+            shown = np.floor(10 * n_fitting) / 10
+            for result in same_row:
+                result.label += f", {shown:.1f} of {n_given:.4g} shots fit"
 
 
 def is_always_named(result, flag):

@@ -213,6 +213,21 @@ def doubts_about_dtypes(dtypes):
     return [f"the weights were {found}, because there was no --dtype: results differ by rounding"]
 
 
+def doubts_about_shots(final, max_length):
+    """Return a text in a list if not all shots fit before each row, or an empty list.
+
+    Otherwise the result of a few shots would be taken for that of all.
+    """
+    n_given = final.get("n_shots_given", 0)
+    n_fitting = final.get("n_shots", n_given)
+    if n_fitting == n_given:
+        return []
+    shown = math.floor(10 * n_fitting) / 10  # 31.98 of 32 are not all of them
+    return [
+        f"on average {shown:.1f} of {n_given} shots fit into {max_length} tokens (--max-length)"
+    ]
+
+
 def rise_of(losses):
     """Return from which loss to which the losses of the lines have risen, or None.
 

@@ -2,7 +2,12 @@
 
 from minia3.inference.scoring import NotFiniteError
 from minia3.training.device import peak_memory
-from minia3.training.doubts import doubts_about_dtypes, doubts_about_result, notes_on_texts
+from minia3.training.doubts import (
+    doubts_about_dtypes,
+    doubts_about_result,
+    doubts_about_shots,
+    notes_on_texts,
+)
 from minia3.training.report import describe
 
 # A final line has these before training, too.
@@ -85,12 +90,15 @@ def final_line(group, cell, assignment, before, after):
     for name, value in after.items():
         if name not in NOT_FINAL:
             final[name] = value
+    if assignment.shots:
+        final["n_shots_given"] = len(assignment.shots)  # `n_shots` of them fit, on average
     if cell.progress.extended_from:
         final["extended_from"] = cell.progress.extended_from
     final["answer"] = assignment.task.answer
     final["warnings"] = [
         *assignment.doubts,
         *doubts_about_dtypes(cell.progress.dtypes),
+        *doubts_about_shots(final, cell.config.max_length),
         *doubts_about_result(final, cell.progress.losses),
     ]
     return final

@@ -214,6 +214,22 @@ def test_how_results_were_evaluated_is_compared_between_methods(tmp_path, flag, 
     assert labels(tmp_path) == [f"ia3, {name} {values[0]}", f"none, {name} {values[1]}"]
 
 
+def test_a_label_says_how_many_shots_fit_if_not_all_of_them_did(tmp_path):
+    """A row `icl, shots 32` was the result of three to six shots. All seeds share a row."""
+    in_context = {"trainable": 0, "method": "icl"}
+    for seed, n_fitting in enumerate((4.0, 5.25)):
+        final = in_context | {"n_shots": n_fitting, "n_shots_given": 32}
+        make_run(tmp_path / "32" / str(seed), [final], method="icl", seed=seed, shots=32)
+    make_run(tmp_path / "4", [in_context | {"n_shots": 4.0}], method="icl", shots=4)
+    found = [result.label for result in read_results([tmp_path / "32", tmp_path / "4"])[0]]
+    assert found == [*["icl, shots 32, 4.6 of 32 shots fit"] * 2, "icl, shots 4"]
+    final = in_context | {"n_shots": 4.0}  # of an older version
+    make_run(tmp_path / "older", [final], method="icl", shots=8)
+    assert [result.label for result in read_results([tmp_path / "older"])[0]] == [
+        "icl, 4.0 of 8 shots fit"
+    ]
+
+
 def test_flags_of_training_do_not_distinguish_what_was_only_evaluated(tmp_path):
     untrained = [{"trainable": 0}]
     make_run(tmp_path / "a", untrained, method="none", lr=1.0, shots=4, steps=9)

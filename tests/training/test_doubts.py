@@ -17,6 +17,7 @@ from minia3.training.doubts import (
     count_repeated,
     doubts_about_dtypes,
     doubts_about_result,
+    doubts_about_shots,
     loss_notes,
     notes_on_texts,
     rise_of,
@@ -464,3 +465,12 @@ def test_a_base_of_several_dtypes_is_doubtful_and_a_base_of_one_is_not():
     assert doubts_about_dtypes(["float32"]) == []
     (doubt,) = doubts_about_dtypes(["float32", "bfloat16"])
     assert doubt.startswith("the weights were float32 then bfloat16, because there was no --dtype")
+
+
+def test_shots_that_do_not_fit_are_counted_and_shots_that_fit_are_not():
+    doubt = "on average 4.6 of 32 shots fit into 512 tokens (--max-length)"
+    assert doubts_about_shots({"n_shots": 4.61, "n_shots_given": 32}, 512) == [doubt]
+    (nearly,) = doubts_about_shots({"n_shots": 31.98, "n_shots_given": 32}, 512)
+    assert nearly.startswith("on average 31.9 of 32 shots fit")
+    assert doubts_about_shots({"n_shots": 32.0, "n_shots_given": 32}, 512) == []
+    assert doubts_about_shots({}, 512) == []

@@ -245,9 +245,21 @@ def test_the_report_says_how_many_shots_fit(tmp_path, capsys):
     )
     assert "shots       3.0 before each input, on average" in shown
     assert "3 rows to put before each input, " in shown
+    assert final["n_shots_given"] == 3
+    assert "shots fit into" not in shown
     finals = [final | {"adapter": f"s{i}", "n_shots": n} for i, n in enumerate((3.0, 1.0, 2.5))]
     report(train.Config(method="icl", shots=3, seed=(0, 1, 2)), tmp_path / "run", finals)
     assert "shots       1.0 to 3.0 before each input, on average" in capsys.readouterr().out
+
+
+def test_a_warning_says_if_not_all_shots_fit(tmp_path, capsys):
+    """The result of a few shots was that of `shots 9`, also in the table."""
+    assert run(words(tmp_path / "run", method="icl", shots=9, max_length=40)) == 0
+    final = metrics(tmp_path / "run")[-1]
+    assert 0 < final["n_shots"] < final["n_shots_given"] == 9
+    doubt = "of 9 shots fit into 40 tokens (--max-length)"
+    assert doubt in capsys.readouterr().out
+    assert any(doubt in text for text in final["warnings"])
 
 
 def test_a_written_answer_ends_where_the_shots_answers_end(monkeypatch):
