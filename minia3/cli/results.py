@@ -273,6 +273,8 @@ def read_result(run, final):
     train_lines = select_train_lines(run, adapter)
     n_examples = n_steps * run.config["batch_size"]
     n_train_tokens = mean_tokens(train_lines) * n_examples
+    if shares_lines_with_other_tasks(run, train_lines):
+        n_train_tokens = np.nan  # the lines count the tokens of all tasks together
     n_base = float(final["total"])
     return Result(
         run_folder=run.folder,
@@ -409,6 +411,15 @@ def mean_tokens(train_lines):
     tokens = np.array([line["tokens_per_second"] for line in train_lines], float)
     examples = np.array([line["examples_per_second"] for line in train_lines], float)
     return np.average(tokens / examples, weights=np.diff(steps, prepend=0))
+
+
+def shares_lines_with_other_tasks(run, train_lines):
+    """Return whether adapters of several tasks train together, and each line is about all of them.
+
+    A mixture is one task: its tokens are those of its adapter.
+    """
+    is_of_several = isinstance(run.config["task"], list) and not is_mixture(run.config)
+    return is_of_several and any("losses" in line for line in train_lines)
 
 
 # Labels

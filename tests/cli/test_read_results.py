@@ -332,6 +332,24 @@ def test_each_adapter_of_a_grid_is_a_result_with_its_task_rate_and_lines(tmp_pat
     assert [x.seconds, cb.seconds] == [1.0, 1.0]  # both together took 2
 
 
+def test_the_training_of_a_grid_of_several_tasks_has_no_flops_of_one_task(tmp_path):
+    """All tasks had the mean, although one has texts that are ten times as long."""
+    names = ("rte", "cb")
+    finals = [{"adapter": name, "task": name} for name in names]
+    together = TRAIN | {"losses": dict.fromkeys(names, 1.0)}
+    alone = [TRAIN | {"adapter": name} for name in names]  # LoRA trains one after the other
+
+    def flops_to_train(folder, lines, finals=finals, **flags):
+        make_run(tmp_path / folder, finals, lines, **flags)
+        return [result.flops_to_train for result in read_results([tmp_path / folder])[0]]
+
+    assert np.isnan(flops_to_train("grid", [together], task=names)).all()
+    assert np.isfinite(flops_to_train("alone", alone, task=names, method="lora")).all()
+    assert np.isfinite(flops_to_train("mixture", [TRAIN], task=names, adapters="one")).all()
+    seeds = [{"adapter": name, "seed": seed} for seed, name in enumerate(names)]
+    assert np.isfinite(flops_to_train("seeds", [together], seeds, seed=[0, 1])).all()
+
+
 def test_adapters_that_train_together_share_their_time_by_their_steps(tmp_path):
     """b ran out of patience, and c failed. All of them took two seconds, and 40 steps."""
     finals = [{"adapter": "a", "seed": 0}, {"adapter": "b", "seed": 1, "steps": 16}]
