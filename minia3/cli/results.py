@@ -22,7 +22,7 @@ import numpy as np
 from minia3.files.messages import plural
 from minia3.files.read import read_json
 from minia3.model.costs import flops
-from minia3.tasks.split_files import short_name
+from minia3.tasks.split_files import HELD_OUT_FOLD, short_name
 from minia3.training.choices import CHAT_TEMPLATE, TRAINED
 from minia3.training.config_file import NOT_FLAGS
 from minia3.training.metrics_file import read_metrics
@@ -47,6 +47,7 @@ EVALUATED = (
     *("eval_prompt", "max_length", "max_target_length", "max_new_tokens"),
     *("dtype", "quantize"),
 )
+USUAL_SPLITS = ("validation", "test", HELD_OUT_FOLD)
 MOST_PATHS = 5  # that a message names
 EXTENDED = "extended from"  # no flag: the steps after which `--resume --steps` made a run longer
 
@@ -327,7 +328,7 @@ def name_column(final):
     unusual = []
     if final["metric"] != "accuracy":
         unusual.append(final["metric"])
-    if final["split"] not in ("validation", "test"):
+    if final["split"] not in USUAL_SPLITS:
         unusual.append(final["split"])
     if not unusual:
         return str(final["task"])

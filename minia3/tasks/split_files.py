@@ -29,6 +29,7 @@ SPLIT_OF_NAME = {
 SPLITS = ("train", "validation", "test")
 CHOICE = re.compile(f":({'|'.join(SPLITS)})=")  # as in hf:user/name:test=test_r1
 
+HELD_OUT_FOLD = "the held-out fold"  # the name of RAFT's rows to report on
 TASK_FILE = "task.json"  # see task_file.py
 HUB_PREFIX = "hf:"  # as in hf:user/name and hf:user/name:config
 

@@ -14,7 +14,7 @@ from minia3.tasks.column_flags import ColumnFlags, with_flags
 from minia3.tasks.download import find_or_download
 from minia3.tasks.known_tasks import known_tasks
 from minia3.tasks.rows import check_files, read_files
-from minia3.tasks.split_files import short_name
+from minia3.tasks.split_files import HELD_OUT_FOLD, short_name
 from minia3.tasks.task import METRICS, Task, TaskSpec
 from minia3.tasks.task_file import find_task_file, read_task_file
 from minia3.tasks.text_lines import MAX_ROW_BYTES
@@ -280,6 +280,7 @@ def hold_out_fold(splits: Splits, seed: int):
     shuffled = np.random.RandomState(0).permutation(len(splits.train))
     splits.hold_out([splits.train[i] for i in shuffled[fold::N_FOLDS]])
     splits.depends_on_seed = True
+    splits.validation_name = HELD_OUT_FOLD
     splits.notes.append(
         f"fold {fold + 1} of {N_FOLDS} is held out: "
         f"{N_FOLDS} consecutive seeds report on each row once"
@@ -324,7 +325,8 @@ def note_hidden_labels(splits: Splits):
     n_hidden = sum(row["label"] < 0 for row in splits.test)
     if n_hidden and splits.validation:
         splits.notes.append(
-            f"{n_hidden} of {len(splits.test)} test rows have no label: results are on validation"
+            f"{n_hidden} of {len(splits.test)} test rows have no label: results are on "
+            f"{splits.validation_name}"
         )
 
 

@@ -115,7 +115,8 @@ class Config:
     cap: int = flag(2**16, "a mixture counts a task as having at most this many rows", at_least=1)
     seed: int | tuple = flag(
         0,
-        "seed of shots, order, prompts and dropout; commas separate several seeds",
+        "seed of shots, order, prompts, dropout, held-out rows, RAFT's fold and the start of LoRA; "
+        "commas separate several seeds",
         at_least=0,
         below=2**32,
     )

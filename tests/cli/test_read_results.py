@@ -305,8 +305,9 @@ def test_the_same_files_in_another_order_are_the_same_data(tmp_path):
 def test_an_unusual_metric_or_split_is_part_of_the_task(tmp_path):
     make_run(tmp_path / "a")
     make_run(tmp_path / "b", [{"split": "other published shots"}])
+    make_run(tmp_path / "d", [{"split": "the held-out fold"}], seed=2)  # of RAFT, as usual
     make_run(tmp_path / "c", [{"split": "test", "metric": "macro_f1"}])
-    assert tasks(tmp_path) == ["rte", "rte (other published shots)", "rte (macro_f1)"]
+    assert tasks(tmp_path) == ["rte", "rte (other published shots)", "rte (macro_f1)", "rte"]
 
 
 # Grids and mixtures

@@ -70,7 +70,7 @@ def test_five_consecutive_seeds_hold_out_each_row_of_raft_once(name):
         assert (task.name, task.metric) == (name, "macro_f1")
         assert (len(task.train), len(task.validation)) == (40, 10)
         assert sorted(row["idx"] for row in task.train + task.validation) == list(range(50))
-        assert task.evaluation == ("validation", task.validation)
+        assert task.evaluation == ("the held-out fold", task.validation)
         fold = f"fold {seed % 5 + 1} of 5"
         note = f"{fold} is held out: 5 consecutive seeds report on each row once"
         assert task.notes[0] == note
