@@ -12,6 +12,7 @@ from minia3.files.home import expand_home
 from minia3.files.read import sha256
 from minia3.tasks.column_flags import ColumnFlags, with_flags
 from minia3.tasks.download import find_or_download
+from minia3.tasks.format_strings import roots_of
 from minia3.tasks.known_tasks import known_tasks
 from minia3.tasks.rows import check_files, read_files
 from minia3.tasks.split_files import HELD_OUT_FOLD, short_name
@@ -19,7 +20,7 @@ from minia3.tasks.task import METRICS, Task, TaskSpec
 from minia3.tasks.task_file import find_task_file, read_task_file
 from minia3.tasks.text_lines import MAX_ROW_BYTES
 from minia3.tasks.understanding import Understanding
-from minia3.tasks.user_rows import note_gaps, read_user_rows
+from minia3.tasks.user_rows import LEARNED_WORDS, note_gaps, read_user_rows
 
 N_FOLDS = 5
 
@@ -85,7 +86,7 @@ def load_task(  # noqa: PLR0913 (what to load, and what a user says about the co
     `target` and `labels` say what they mean, such as "{title}: {body}", "{answer}" and ("negative",
     "positive"). `metric` is one of METRICS in task.py. A task file says the same (task_file.py).
     `like` is what an adapter has learned: rows that have its columns, and about which nothing else
-    is said, are put into its words.
+    is said, are put into its words. So are the rows of a known task that has its labels, too.
 
     `read_rows` says which files are read. A folder has files named train, validation (or val, dev,
     valid) and test, or comes from `save_to_disk` of the `datasets` library. "hf:user/name" and
@@ -166,7 +167,10 @@ def load_splits(
         spec = TaskSpec() if task_file is None else read_task_file(task_file)
     if spec.is_published:
         spec = with_flags(spec, flags)
-        return load_known_task(name, spec, data_dir, shots, seed), spec, ""
+        splits = load_known_task(name, spec, data_dir, shots, seed)
+        if like is not None and flags.input is None and flags.labels is None:
+            spec = with_learned_words(spec, splits, flags, like)
+        return splits, spec, ""
     if spec != TaskSpec() or flags._replace(metric=None) != ColumnFlags():
         like = None  # because something else is said
     splits, understanding = load_user_task(name, spec, task_file, flags, like)
@@ -236,6 +240,25 @@ def load_known_task(
     if is_fold_needed(splits, shots):
         hold_out_fold(splits, seed)
     return splits
+
+
+def with_learned_words(
+    spec: TaskSpec, splits: Splits, flags: ColumnFlags, like: TaskSpec
+) -> TaskSpec:
+    """Return a known task in the words that an adapter has learned, if it has the adapter's labels
+    and columns.
+
+    They differ from the task's own if --input or --labels was given in training.
+    """
+    is_same_label = like.label_field == spec.label_field
+    used = roots_of(chain.from_iterable(prompt.templates for prompt in like.prompts))
+    has_columns = splits.first_row().keys() >= set(used)
+    if not (is_same_label and tuple(like.labels) == tuple(spec.labels) and has_columns):
+        return spec
+    if like.prompts != spec.prompts:
+        splits.notes.append(LEARNED_WORDS)
+    metric = flags.metric or like.metric or spec.metric
+    return spec._replace(prompts=like.prompts, metric=metric)
 
 
 def read_known_files(files: dict[str, Path], spec: TaskSpec) -> dict[str, list[dict]]:

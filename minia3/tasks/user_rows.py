@@ -27,6 +27,9 @@ from minia3.tasks.split_files import (
 from minia3.tasks.task import TaskSpec
 from minia3.tasks.understanding import Understanding, check_fields, has_columns, understand
 
+# A note, if an adapter says how rows are put into words
+LEARNED_WORDS = "the rows get the learned prompt and words (task.json)"
+
 
 class UserRows(NamedTuple):
     """A user's rows, in the splits that their files are."""
@@ -114,7 +117,7 @@ def understand_rows(
             found = understand(good_rows, spec, flags, label_names, str(paths[0]))
             check_label_names(files, rows, found.spec)
             if is_like:
-                found.notes.append("the rows get the learned prompt and words (task.json)")
+                found.notes.append(LEARNED_WORDS)
             return found
     return Understanding(spec, "", [])
 

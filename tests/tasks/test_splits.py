@@ -499,6 +499,50 @@ def write_encoded(path, texts, labels, names):
     parquet.write_table(table.replace_schema_metadata({"huggingface": description}), path)
 
 
+@pytest.fixture
+def rte(tmp_path):
+    """Return a data folder with a few rows in the form of RTE's."""
+    rows = []
+    for i, label in enumerate(("entailment", "not_entailment") * 3):
+        rows.append({"premise": f"a{i}", "hypothesis": f"b{i}", "label": label})
+    (tmp_path / "rte").mkdir()
+    for name in ("train", "val"):
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (tmp_path / "rte" / f"{name}.jsonl").write_text("".join(lines))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"labels": "yes,no"},
+        {"input": "{premise} So {hypothesis}?"},
+        {"input": "{hypothesis}?", "labels": "yes,no", "metric": "macro_f1"},
+    ],
+)
+def test_a_known_task_is_evaluated_in_the_words_that_were_learned(rte, said):
+    """An adapter that had learned yes and no was evaluated on True and False, without a word."""
+    learned = load_task("rte", rte, **said)
+    task = load_task("rte", rte, like=learned.spec)
+    assert (task.prompts, task.metric) == (learned.prompts, learned.metric)
+    assert task.notes[-1] == "the rows get the learned prompt and words (task.json)"
+    own = load_task("rte", rte, like=learned.spec, labels="True,False")  # as the user says
+    assert own.prompts == load_task("rte", rte, labels="True,False").prompts
+    assert load_task("rte", rte, like=learned.spec, metric="accuracy").metric == "accuracy"
+
+
+def test_a_known_task_keeps_its_words_if_others_were_learned_for_other_rows(rte):
+    own = load_task("rte", rte)
+    assert load_task("rte", rte, like=own.spec) == own
+    other_columns = own.prompts[0]._replace(text="{text}?")
+    for changed in (
+        {"labels": ("a", "b")},
+        {"label_field": "gold"},
+        {"prompts": (other_columns,)},
+    ):
+        assert load_task("rte", rte, like=own.spec._replace(**changed)) == own
+
+
 def test_files_whose_labels_are_encoded_differently_are_refused(tmp_path):
     # test was encoded by itself, and has no a: its 0 is b. It was read as a.
     write_encoded(tmp_path / "train.parquet", "tuv", [0, 1, 2], ["a", "b", "c"])
