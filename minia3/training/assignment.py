@@ -13,7 +13,7 @@ from minia3.inference.metrics import check_package
 from minia3.tasks.prompts import Prompt, for_family
 from minia3.tasks.task import Task
 from minia3.training.doubts import doubts_about_rows, loss_notes
-from minia3.training.learned import family_of
+from minia3.training.learned import family_of, learned_tasks
 
 # A note for a run that trains nothing, on a file that is split in three.
 ONLY_A_PART = (
@@ -21,8 +21,8 @@ ONLY_A_PART = (
     "a folder whose only file is named test, such as test.csv"
 )
 SAME_SEED = (
-    "the seed decides which rows are reported on: if the adapter was trained on this task, give "
-    "--seed as in its training, or the result is on rows that it has learned"
+    "the seed decides which rows are reported on: if the adapter or the model was trained on this "
+    "task, give --seed as in that training, or the result is on rows that it has learned"
 )
 
 
@@ -75,7 +75,7 @@ def assign_rows(task, config):
         assignment.notes += loss_notes(assignment, config)
     elif task.is_divided and config.method != "icl":
         assignment.notes.append(ONLY_A_PART)
-    elif task.depends_on_seed and config.adapter:
+    if task.depends_on_seed and (config.adapter or learned_tasks(config.model)):
         assignment.notes.append(SAME_SEED)
     return assignment
 

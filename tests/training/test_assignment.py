@@ -14,6 +14,7 @@ from written_out import (
 import minia3
 from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.tasks.task import Task
+from minia3.tasks.task_file import write_task_file
 from minia3.training.assignment import assign_rows, is_without_results
 
 
@@ -191,7 +192,7 @@ def test_all_labeled_rows_of_raft_may_be_trained_on_and_then_nothing_is_evaluate
         )
 
 
-def test_what_evaluates_an_adapter_says_if_the_seed_decides_on_which_rows(tmp_path):
+def test_what_was_trained_before_is_noted_if_the_seed_decides_which_rows_are_reported(tmp_path):
     """Fold 0 was reported on by default, also if fold 1 was held out in training."""
     folder = tmp_path / "raft" / "overruling"
     folder.mkdir(parents=True)
@@ -206,8 +207,16 @@ def test_what_evaluates_an_adapter_says_if_the_seed_decides_on_which_rows(tmp_pa
         return any(note.startswith(start) for note in notes)
 
     assert is_noted(task, eval_only=True, adapter="x")
+    assert is_noted(task, adapter="x")  # which may be trained further on the rows of another fold
     assert not is_noted(task, eval_only=True)
-    assert not is_noted(task, adapter="x")  # which is trained further, on the other folds
+    assert not is_noted(task)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    unknown = {"model": str(tmp_path / "model")}
+    assert not is_noted(task, eval_only=True, **unknown)
+    write_task_file(tmp_path / "model", [("", task.spec)])  # as --method full does
+    assert is_noted(task, eval_only=True, **unknown)
+    assert is_noted(task, method="full", **unknown)
     assert not is_noted(task._replace(depends_on_seed=False), eval_only=True, adapter="x")
 
 
