@@ -290,9 +290,11 @@ KNOWN_MODELS = {
     # starts from T0. The model called T0 is the 11B.
     "t0-3b":          KnownModel("bigscience/T0_3B", "t0", T5_V1_1_XL),
     "t0-11b":         KnownModel("bigscience/T0", "t0", T5_V1_1_XXL),
-    # The others are trained on more data sets than T0 (p, pp), or on fewer prompts.
-    "t0p-11b":        KnownModel("bigscience/T0p", "t0", T5_V1_1_XXL),
-    "t0pp-11b":       KnownModel("bigscience/T0pp", "t0", T5_V1_1_XXL),
+    # T0p was also trained on HellaSwag and other tasks with which GPT-3 was evaluated, and T0pp
+    # beyond that on SuperGLUE without RTE and CB (t0/datasets.csv of T0's code).
+    "t0p-11b":        KnownModel("bigscience/T0p", "t0p", T5_V1_1_XXL),
+    "t0pp-11b":       KnownModel("bigscience/T0pp", "t0pp", T5_V1_1_XXL),
+    # The last two are trained on fewer prompts than T0.
     "t0-single-prompt":      KnownModel("bigscience/T0_single_prompt", "t0", T5_V1_1_XXL),
     "t0-original-task-only": KnownModel("bigscience/T0_original_task_only", "t0", T5_V1_1_XXL),
 

@@ -12,7 +12,7 @@ import numpy as np
 from minia3.inference.metrics import check_package
 from minia3.tasks.prompts import Prompt, for_family
 from minia3.tasks.task import Task
-from minia3.training.doubts import doubts_about_rows, loss_notes
+from minia3.training.doubts import doubts_about_family, doubts_about_rows, loss_notes
 from minia3.training.learned import family_of, learned_tasks
 
 # A note for a run that trains nothing, on a file that is split in three.
@@ -66,11 +66,11 @@ def assign_rows(task, config):
         shots=shots,
         prompts=prompts,
         eval_prompts=choose_prompts(prompts, config.eval_prompt, task.name),
-        notes=[*task.notes, *notes_on(task, family, held_out_rows)],
+        notes=[*task.notes, *notes_on(held_out_rows)],
     )
     check_package(task.metric)
     check_losses(task, config)
-    assignment.doubts = doubts_about_rows(assignment, config)
+    assignment.doubts = doubts_about_rows(assignment, config) + doubts_about_family(task, family)
     if config.is_training:
         assignment.notes += loss_notes(assignment, config)
     elif task.is_divided and config.method != "icl":
@@ -80,17 +80,13 @@ def assign_rows(task, config):
     return assignment
 
 
-def notes_on(task, family, held_out_rows):
-    """Return what the user should know about the choice of rows and of the model."""
+def notes_on(held_out_rows):
+    """Return what the user should know about the choice of rows."""
     notes = []
     if held_out_rows:
         n_rows = len(held_out_rows)
         notes.append(
             f"{n_rows} rows choose the best vectors, and are neither trained on nor reported on"
-        )
-    if family in task.spec.seen:
-        notes.append(
-            f"{family} saw this task's labels in its pre-training: these results are not few-shot"
         )
     return notes
 

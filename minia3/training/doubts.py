@@ -59,6 +59,16 @@ def doubts_about_known(assignment, rows, use):
     return [f"{text} to report on {verb} also {use}"]
 
 
+def doubts_about_family(task, family):
+    """Return a text in a list if a model is no newcomer to a task, or an empty list.
+
+    family: of a known model, or None.
+    """
+    if family not in task.spec.seen:
+        return []
+    return [f"{family} saw this task's labels in its pre-training: these results are not few-shot"]
+
+
 def part_having(n, n_all, noun):
     """Return the beginning of a sentence: "3 of 5 rows have"."""
     return f"{part_of(n, n_all, noun)} {'has' if n == 1 else 'have'}"

@@ -318,12 +318,15 @@ def test_only_t5_v1_0_gets_the_form_that_it_was_pre_trained_on():
 
 
 def test_the_families_that_saw_a_task_are_named():
-    """T5 v1.1 saw none of them, and T0 saw neither RTE nor the other tasks of SuperGLUE."""
-    for name in SUPERGLUE:
+    """T5 v1.1 saw none of them, and T0 saw no task of SuperGLUE. T0p and T0pp saw more than T0."""
+    for name in ("rte", "cb"):
         assert set(known_tasks()[name].seen) == {"t5-v1.0", "flan-t5"}
+    for name in set(SUPERGLUE) - {"rte", "cb"}:
+        assert set(known_tasks()[name].seen) == {"t5-v1.0", "flan-t5", "t0pp"}
     for name in ("sst2", "mrpc"):
-        assert set(known_tasks()[name].seen) == {"t5-v1.0", "flan-t5", "t0"}
-    for name in (*ANLI, "hellaswag", "winogrande", "storycloze"):
+        assert set(known_tasks()[name].seen) == {"t5-v1.0", "flan-t5", "t0", "t0p", "t0pp"}
+    assert set(known_tasks()["hellaswag"].seen) == {"flan-t5", "t0p", "t0pp"}
+    for name in (*ANLI, "winogrande", "storycloze"):
         assert known_tasks()[name].seen == ["flan-t5"]
 
 

@@ -247,16 +247,25 @@ def test_a_model_that_was_made_from_a_known_model_has_the_prompts_of_that_model(
     assert (len(prompts["t5-base"]), len(prompts[None])) == (1, 5)
 
 
-def test_a_note_says_if_the_model_saw_the_labels_in_its_pre_training(tmp_path, monkeypatch, capsys):
+def test_a_warning_says_if_the_model_saw_the_labels_in_its_pre_training(
+    tmp_path, monkeypatch, capsys
+):
+    """It was a note, which neither metrics.jsonl nor the model card had."""
+    doubt = "t5-v1.0 saw this task's labels in its pre-training: these results are not few-shot"
     assert run(words(tmp_path / "run", steps=1, **rte_flags(tmp_path))) == 0
-    assert "pre-training" not in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "these results are not few-shot" not in shown
     monkeypatch.setattr("minia3.training.learned.known_model", lambda name: KNOWN_MODELS["t5-base"])
     monkeypatch.setattr(
         "minia3.training.assignment.for_family",
         lambda prompts, family: prompts[5:] if family == "t5-v1.0" else 0 / 0,
     )
     assert run(words(tmp_path / "seen", steps=1, **rte_flags(tmp_path))) == 0
-    assert "t5-v1.0 saw this task's labels in its pre-training" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"warning  {doubt}\n" in shown
+    assert doubt in metrics(tmp_path / "seen")[-1]["warnings"]
+    card = (tmp_path / "seen" / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert f"**Warning:** {doubt}." in card
 
 
 @pytest.mark.parametrize(
