@@ -20,6 +20,20 @@ from minia3.model.t5 import T5Config
 # The folder of the model that was trained for minia3 and comes with it.
 EMBEDDED = find_shipped("data") / "tiny-t5"
 
+# Sizes by which a copy of a known model is recognized: in our configs -> in config.json
+T5_SIZES = {
+    "d_model": "d_model",
+    "d_ff": "d_ff",
+    "n_layers": "num_layers",
+    "n_heads": "num_heads",
+}
+LLAMA_SIZES = {
+    "d_model": "hidden_size",
+    "d_ff": "intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+}
+
 
 class KnownModel(NamedTuple):
     repo: str  # the repository on the hub; for the embedded model, its folder
@@ -504,7 +518,12 @@ def known_model(name):
     holds_model = any(os.path.exists(os.path.join(path, file)) for file in CONFIG_FILES)
     if holds_model and path != str(EMBEDDED):
         return None
-    lower = path.lower()
+    return row_of(path)
+
+
+def row_of(name):
+    """Return the row of a name or of a hub id, whatever folders there are, or None."""
+    lower = name.lower()
     short_name = OTHER_NAMES.get(lower, lower)
     for short, row in KNOWN_MODELS.items():
         if short_name in (short, row.repo.lower()):
@@ -536,11 +555,52 @@ def base_of(name_or_path):
     """Return the name of the known model that a folder was made from, or else `name_or_path`.
 
     `save_model` writes this name to config.json as `_name_or_path`, so a merged t5-base gets the
-    prompts that t5-base knows from pre-training.
+    prompts that t5-base knows from pre-training. So does a copy of t5-base: see `row_of_copy`.
     """
+    return find_base(name_or_path) or name_or_path
+
+
+def known_base(name_or_path):
+    """Return the row of the known model of that name, or that a folder was made from, or None."""
+    base = find_base(name_or_path)
+    # A copy may have the path that is the model's name, and would hide the row.
+    return known_model(name_or_path) if base is None else row_of(base)
+
+
+def find_base(name_or_path):
+    """Return the name of the known model that a folder was made from, or None."""
     finish_writing(name_or_path)
-    config = Path(name_or_path, "config.json")
-    if not config.is_file():
-        return name_or_path
-    base = read_json(config).get("_name_or_path")
-    return base if known_model(base) else name_or_path
+    path = Path(name_or_path, "config.json")
+    if not path.is_file():
+        return None
+    config = read_json(path)
+    base = config.get("_name_or_path")
+    if known_model(base):
+        return base
+    row = row_of_copy(path.parent, config)
+    return row.repo if row else None
+
+
+def row_of_copy(folder, config):
+    """Return the row of the known model that a folder is a copy of, or None.
+
+    It is a folder in the hub's cache, models--google-t5--t5-base/snapshots/..., or it has the name
+    and the sizes of the model, as `hf download google-t5/t5-base --local-dir t5-base` makes it.
+    config: the content of its config.json.
+    """
+    folder = Path(os.path.abspath(folder))
+    if folder.parent.name == "snapshots":
+        repo = folder.parent.parent.name.removeprefix("models--")
+        return row_of(repo.replace("--", "/"))
+    name = folder.name.lower()
+    for row in KNOWN_MODELS.values():
+        is_named = row is row_of(name) or name == row.repo.lower().partition("/")[2]
+        if is_named and row.repo != str(EMBEDDED) and has_sizes(config, row.config):
+            return row
+    return None
+
+
+def has_sizes(config, expected):
+    """Return whether the content of a config.json has the sizes of a T5Config or a LlamaConfig."""
+    names = T5_SIZES if isinstance(expected, T5Config) else LLAMA_SIZES
+    return all(config.get(key) == getattr(expected, name) for name, key in names.items())

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from minia3.checkpoints.config import to_hf
 from minia3.checkpoints.hub import local_path
-from minia3.checkpoints.known_models import base_of, known_model
+from minia3.checkpoints.known_models import base_of, known_base
 from minia3.checkpoints.layout import (
     STALE_TOKENIZER_FILES,
     WEIGHT_FILES,
@@ -99,10 +99,10 @@ def save_others(folder, model, dtype, tokenizer):
         config = replace(config, eos_ids=(*config.eos_ids, eos_id))
     raw = to_hf(config, dtype)
     name = getattr(model, "name_or_path", getattr(model, "made_of", None))
-    base = base_of(local_path(name)) if name else None
-    if base and known_model(base):
+    path = local_path(name) if name else None
+    if path and known_base(path):
         # With this key, the model gets the prompts that its base knows from pre-training.
-        raw["_name_or_path"] = str(base)
+        raw["_name_or_path"] = str(base_of(path))
     write_new_json(folder / "config.json", raw)
     ids = {key: raw[key] for key in TOKEN_IDS if raw.get(key) is not None}
     defaults = getattr(model, "generation_defaults", {})

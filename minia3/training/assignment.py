@@ -25,6 +25,12 @@ SAME_SEED = (
     "task, give --seed as in that training, or the result is on rows that it has learned"
 )
 
+# A note for a task that some models have seen
+UNKNOWN_MODEL = (
+    "minia3 does not know this model by name: it gets the general prompts, and whether it saw this "
+    "task's labels in its pre-training is not known"
+)
+
 
 @dataclass
 class Assignment:
@@ -66,7 +72,7 @@ def assign_rows(task, config):
         shots=shots,
         prompts=prompts,
         eval_prompts=choose_prompts(prompts, config.eval_prompt, task.name),
-        notes=[*task.notes, *notes_on(held_out_rows)],
+        notes=[*task.notes, *notes_on(task, family, held_out_rows)],
     )
     check_package(task.metric)
     check_losses(task, config)
@@ -80,14 +86,16 @@ def assign_rows(task, config):
     return assignment
 
 
-def notes_on(held_out_rows):
-    """Return what the user should know about the choice of rows."""
+def notes_on(task, family, held_out_rows):
+    """Return what the user should know about the choice of rows and of the model."""
     notes = []
     if held_out_rows:
         n_rows = len(held_out_rows)
         notes.append(
             f"{n_rows} rows choose the best vectors, and are neither trained on nor reported on"
         )
+    if family is None and task.spec.seen:
+        notes.append(UNKNOWN_MODEL)
     return notes
 
 

@@ -6,7 +6,7 @@ If a model is a hub id, `find` must have downloaded it before (without weights i
 from pathlib import Path
 
 from minia3.checkpoints.hub import find_adapter, local_path
-from minia3.checkpoints.known_models import base_of, known_model
+from minia3.checkpoints.known_models import known_base
 from minia3.files.write import finish_writing
 from minia3.tasks.task_file import read_tasks_beside
 
@@ -28,6 +28,8 @@ def learned_tasks(model, adapter=None):
 
 
 def family_of(model):
-    """Return the family of a known model, or of the model that a saved one came from; or None."""
-    known = known_model(base_of(local_path(model)))
+    """Return the family of a known model, or of the model that a saved one or a copy came from; or
+    None.
+    """
+    known = known_base(local_path(model))
     return known.family if known else None

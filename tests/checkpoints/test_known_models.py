@@ -5,6 +5,7 @@ The configs below are copied from the hub, without the keys that say nothing abo
 """
 
 import functools
+import json
 import warnings
 
 import pytest
@@ -14,7 +15,9 @@ from minia3.checkpoints.known_models import (
     EMBEDDED,
     KNOWN_MODELS,
     OTHER_NAMES,
+    base_of,
     hub_name,
+    known_base,
     known_model,
 )
 from minia3.checkpoints.load import build_model, read_checkpoint
@@ -471,6 +474,45 @@ def test_the_hub_name_of_a_known_model_is_its_repository():
     assert hub_name("tiny-t5") == "tiny-t5"
     assert hub_name(str(EMBEDDED)) == str(EMBEDDED)
     assert hub_name(None) is None
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("models/t5-base", "t5-base"),
+        ("google-t5/t5-base", "t5-base"),  # also the name of the model itself
+        ("models/T0_3B", "t0-3b"),
+        ("models/Llama-2-7b-hf", "llama-2-7b"),
+        ("hub/models--google-t5--t5-base/snapshots/a9723ea", "t5-base"),
+        ("hub/models--meta-llama--Llama-2-7b-hf/snapshots/01c7f73", "llama-2-7b"),
+    ],
+)
+def test_a_copy_of_a_known_model_is_known(folder, name, tmp_path, monkeypatch):
+    """Its config.json does not say what it is, so t5-base was asked in the prompts of others."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / folder
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(CONFIGS[name]))
+    assert known_model(folder) is None
+    for written in (folder, f"{folder}/", str(path)):
+        assert known_base(written) is KNOWN_MODELS[name]
+        assert base_of(written) == KNOWN_MODELS[name].repo
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("models/t5-base", "t5-small"),  # other sizes than those of the name
+        ("models/mine", "t5-base"),
+        ("hub/models--mine--t5-base/snapshots/a9723ea", "t5-base"),
+    ],
+)
+def test_another_model_is_no_copy(folder, name, tmp_path):
+    path = tmp_path / folder
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(CONFIGS[name]))
+    assert known_base(path) is None
+    assert base_of(path) == path
 
 
 def test_building_takes_no_memory():

@@ -252,10 +252,12 @@ def test_a_warning_says_if_the_model_saw_the_labels_in_its_pre_training(
 ):
     """It was a note, which neither metrics.jsonl nor the model card had."""
     doubt = "t5-v1.0 saw this task's labels in its pre-training: these results are not few-shot"
+    unknown = "note     minia3 does not know this model by name: it gets the general prompts, and"
     assert run(words(tmp_path / "run", steps=1, **rte_flags(tmp_path))) == 0
     shown = capsys.readouterr().out
+    assert unknown in shown
     assert "these results are not few-shot" not in shown
-    monkeypatch.setattr("minia3.training.learned.known_model", lambda name: KNOWN_MODELS["t5-base"])
+    monkeypatch.setattr("minia3.training.learned.known_base", lambda name: KNOWN_MODELS["t5-base"])
     monkeypatch.setattr(
         "minia3.training.assignment.for_family",
         lambda prompts, family: prompts[5:] if family == "t5-v1.0" else 0 / 0,
@@ -263,6 +265,7 @@ def test_a_warning_says_if_the_model_saw_the_labels_in_its_pre_training(
     assert run(words(tmp_path / "seen", steps=1, **rte_flags(tmp_path))) == 0
     shown = capsys.readouterr().out
     assert f"warning  {doubt}\n" in shown
+    assert unknown not in shown
     assert doubt in metrics(tmp_path / "seen")[-1]["warnings"]
     card = (tmp_path / "seen" / "adapter" / "README.md").read_text(encoding="utf-8")
     assert f"**Warning:** {doubt}." in card
