@@ -26,6 +26,7 @@ class Progress:
     losses: list = field(default_factory=list)  # the training loss of each line of metrics.jsonl
     best_accuracy: float | None = None  # on the held-out rows
     best_parameters: dict = field(default_factory=dict)  # name to tensor; until `take_best`
+    best_step: int | None = None  # after which they were the best; None: of an older version
     last_parameters: dict = field(default_factory=dict)  # of the last step, if not the best
     n_misses: int = 0  # evaluations in a row that were not better
     failure: str | None = None  # why the cell failed, if it did
@@ -141,6 +142,7 @@ class Cell:
         progress.n_misses = 0 if is_better else progress.n_misses + 1
         if is_as_good and all_finite(self.parameters):  # if results are equal, keep the later ones
             progress.best_accuracy = accuracy
+            progress.best_step = progress.n_steps
             progress.best_parameters = copy_values(self.parameters)
 
     def take_best(self):

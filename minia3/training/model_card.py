@@ -4,6 +4,7 @@ The hub reads the lines between `---` at the beginning. People read the rest: wh
 well it does, how it was made, and the code that loads it.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -11,12 +12,14 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from minia3 import __version__
 from minia3.checkpoints.known_models import hub_name, public_name
 from minia3.files.messages import plural
 from minia3.files.write import replacing
 from minia3.tasks.download import HUB
 from minia3.tasks.known_tasks import known_tasks
 from minia3.tasks.split_files import HUB_PREFIX
+from minia3.training.choices import DTYPES, TRAINED_ALONE
 from minia3.training.flags import as_tuple
 from minia3.training.report import before_after, figure_of, format_value
 from minia3.training.shown_commands import training_command
@@ -202,16 +205,6 @@ def collect_facts(config, finals, checksums):
     if os.path.isabs(base):
         place = "  # the base, which is not in this folder: put it here"
 
-    command = shlex.join(training_command(config))
-    length = f"{final['steps']:,} {plural(final['steps'], 'step')}"
-    origin = f"Trained with minia3 for {length} by {code_span(command)}, on files with these"
-    origin += " SHA-256 checksums:\n\n"
-    origin += "\n".join(f"- {name} `{checksum}`" for name, checksum in checksums.items())
-    if "extended_from" in final:
-        steps = " and ".join(f"{step:,}" for step in final["extended_from"])
-        origin += f"\n\nThe run was extended (`--resume`) after step {steps}. Until then, the"
-        origin += " learning rate was that of a shorter run, so the command gives another result."
-
     model = shown_model(config.model)
     further = ["minia3", "train", "--model", model, "--task", "rows.jsonl", "--method", "lora"]
     return Facts(
@@ -223,13 +216,43 @@ def collect_facts(config, finals, checksums):
         share=f"{final['trainable'] / final['total']:.3%}",
         front_matter=front_matter,
         results=results_table(finals),
-        origin=origin,
+        origin=describe_origin(config, final, checksums),
         auto_class=auto_class,
         place=place,
         scaled=scaled_places(config),
         layers=scaled_layers(config, final["architecture"]),
         further=shlex.join([*further, "--adapter", "."]),
     )
+
+
+def describe_origin(config, final, checksums):
+    """Return how the adapter or the model was made, and what the command does not repeat."""
+    dtype = final.get("dtype")  # which depends on the device if there was no --dtype
+    if dtype in DTYPES:  # and not one dtype after the other
+        config = dataclasses.replace(config, dtype=dtype)
+    command = shlex.join(training_command(config))
+    length = f"{final['steps']:,} {plural(final['steps'], 'step')}"
+    origin = (
+        f"Trained with minia3 {__version__} for {length} by {code_span(command)}, on files with"
+    )
+    origin += " these SHA-256 checksums:\n\n"
+    origin += "\n".join(f"- {name} `{checksum}`" for name, checksum in checksums.items())
+    if final.get("best_step") is not None:
+        origin += (
+            f"\n\nThe parameters are those after step {final['best_step']:,}, the best ones on"
+        )
+        origin += " held-out rows (`--eval-every`)."
+    is_of_grid = "adapter" in final and config.method not in TRAINED_ALONE
+    if is_of_grid and config.dropout != 0:
+        origin += "\n\nIt trained in one pass with the other adapters of a grid. If the base has"
+        origin += (
+            " dropout, they shared its draws, so the command gives a slightly different result."
+        )
+    if "extended_from" in final:
+        steps = " and ".join(f"{step:,}" for step in final["extended_from"])
+        origin += f"\n\nThe run was extended (`--resume`) after step {steps}. Until then, the"
+        origin += " learning rate was that of a shorter run, so the command gives another result."
+    return origin
 
 
 def scaled_places(config):

@@ -92,6 +92,8 @@ def final_line(group, cell, assignment, before, after):
             final[name] = value
     if assignment.shots:
         final["n_shots_given"] = len(assignment.shots)  # `n_shots` of them fit, on average
+    if cell.progress.best_step is not None:
+        final["best_step"] = cell.progress.best_step  # the step of the parameters that are saved
     if cell.progress.extended_from:
         final["extended_from"] = cell.progress.extended_from
     final["answer"] = assignment.task.answer

@@ -46,6 +46,7 @@ def test_nothing_is_chosen_on_the_rows_that_are_reported(tmp_path, monkeypatch):
         assert run(words(out, task=folder, eval_every=2, lr=0.1)) == 0
         found[name] = outcome(out)
     adapters, lines = found["original"]
+    assert lines[-1]["best_step"] == 4
     same_adapters, other_lines = found["other reported"]
     assert adapters == same_adapters
     assert lines[1:-1] == other_lines[1:-1]

@@ -210,6 +210,24 @@ def test_the_card_of_a_run_that_was_made_longer_says_so():
     assert "was extended" not in make_card()
 
 
+def test_a_card_says_which_step_was_the_best_and_which_minia3_trained():
+    text = make_card(train.Config(eval_every=10), {"best_step": 1040, "steps": 2000})
+    best = "The parameters are those after step 1,040, the best ones on held-out rows"
+    assert f"\n\n{best} (`--eval-every`).\n" in text
+    assert f"Trained with minia3 {minia3.__version__} for 2,000 steps by `minia3 train" in text
+    assert "The parameters are those after" not in make_card()
+
+
+def test_a_card_says_that_a_grid_shares_the_draws_of_dropout():
+    """Alone, the adapter of the second seed draws other dropout than among two."""
+    shared = "It trained in one pass with the other adapters of a grid. If the base has dropout"
+    of_grid = {"adapter": "s1"}
+    assert shared in make_card(train.Config(seed=1), of_grid)
+    assert shared not in make_card(train.Config(seed=1))
+    assert shared not in make_card(train.Config(seed=1, dropout=0.0), of_grid)
+    assert shared not in make_card(train.Config(seed=1, method="lora"), of_grid)  # one at a time
+
+
 def test_a_card_is_written_in_utf_8_beside_the_other_files(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     write_card(tmp_path, train.Config(), [FINAL | {"task": "Grüße"}], {"train.jsonl": "ab"})
@@ -276,6 +294,14 @@ def test_the_command_makes_the_same_run_again_and_names_no_place():
     assert words[:2] == ["minia3", "train"]
     found = train.Config(**parse_flags(words[2:]))
     assert found == dataclasses.replace(config, out=None, data_dir="data", device=None)
+
+
+def test_the_command_has_the_dtype_of_the_base():
+    """On another device, the same command has another one."""
+    words = command_of(make_card(None, {"dtype": "bfloat16"}))
+    assert train.Config(**parse_flags(words[2:])) == train.Config(dtype="bfloat16")
+    words = command_of(make_card(None, {"dtype": "bfloat16 then float32"}))
+    assert "--dtype" not in words
 
 
 def test_the_command_of_a_run_of_epochs_has_its_epochs_and_not_its_steps():
