@@ -69,6 +69,15 @@ def announce_start_over(folder):
         print(f"note     {folder} has no checkpoint.pt, so the run starts over: {path} is replaced")
 
 
+def announce_code(changes):
+    """Print that a resumed run continues with other code. changes: from `code_changes`."""
+    if not changes:
+        return
+    before = ", ".join(f"{name} {versions[0]}" for name, versions in changes.items())
+    now = ", ".join(f"{name} {versions[1]}" for name, versions in changes.items())
+    print(f"note     so far: {before}; from now on: {now}; results may differ")
+
+
 def announce_extension(n_steps, config):
     """Print that a run continues after `n_steps` steps, and what its learning rate does then."""
     cell_configs = expand_grid(config, config.axes)

@@ -19,7 +19,7 @@ from minia3.files.processes import (
     n_processes,
 )
 from minia3.files.read import reading
-from minia3.training.announce import announce_start_over
+from minia3.training.announce import announce_code, announce_start_over
 from minia3.training.checkpoint import (
     DAMAGED,
     DAMAGED_STATE,
@@ -208,7 +208,8 @@ class Run:
             self.saved_before_extension = None
             self.metrics.reopen()
             self.write_checkpoint(self.saved.group)
-        record_run(self.folder, checksums, weights, config)
+        changes = record_run(self.folder, checksums, weights, config)
+        announce_code(changes)
         self.unrecorded = {}
 
     def write(self, event, **values):

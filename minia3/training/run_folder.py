@@ -362,13 +362,40 @@ def check_same_files(checksums, weights, config):
 
 def record_run(folder, checksums, weights, config):
     """Add to config.json the checksums of the data, the digest of the weights, how long the run is
-    (see --epochs), and where it continues.
+    (see --epochs), where it continues, and with which other code. Return `code_changes`.
     """
     names = ("steps", "epochs", *MAY_DIFFER)
     flags = {name: getattr(config, name) for name in names}
     found = {"data": checksums, "weights": weights}
     recorded = read_run_config(folder)
+    changes = {}
+    if knows_steps(recorded):  # it has begun before
+        now = environment()
+        changes = code_changes(recorded, now)
+    if changes:
+        found["continued_with"] = [*recorded.get("continued_with", ()), now]
     write_json(folder / "config.json", recorded | flags | found)
+    return changes
+
+
+def code_changes(recorded, now):
+    """Return what a run was computed with so far, and is computed with now: name to both values.
+
+    recorded: its config.json. now: `environment`. What one of them does not know is left out.
+    """
+    last = [recorded, *recorded.get("continued_with", ())][-1]
+    before = versions_of(last)
+    changes = {}
+    for name, version in versions_of(now).items():
+        if None not in (version, before.get(name)) and version != before[name]:
+            changes[name] = (before[name], version)
+    return changes
+
+
+def versions_of(found):
+    """Return the versions in an `environment`, name to version. Some may be None."""
+    versions = {"minia3": found.get("minia3"), "commit": found.get("git_commit")}
+    return versions | found.get("versions", {})
 
 
 def environment():

@@ -388,6 +388,36 @@ def test_a_run_resumes_on_another_device_with_another_folder_of_data(tmp_path, c
     assert run(["--resume", out, "--steps", 3]) == 0  # as the run says
 
 
+def test_a_run_says_if_it_is_continued_by_other_code_and_records_it(tmp_path, capsys, monkeypatch):
+    """A half of its steps came from one version and a half from another, and nothing said so."""
+    out = tmp_path / "run"
+    assert run(words(out, steps=1)) == 0
+    first = read_run_config(out)
+
+    def continue_with(steps, **changes):
+        now = {name: first[name] for name in ("minia3", "git_commit", "versions")} | changes
+        monkeypatch.setattr(run_folder, "environment", lambda: now)
+        capsys.readouterr()
+        assert run(["--resume", out, "--steps", steps]) == 0
+        return now, capsys.readouterr().out
+
+    _, shown = continue_with(2)
+    assert "so far: " not in shown
+    assert "continued_with" not in read_run_config(out)
+    other_torch = first["versions"] | {"torch": "9.9.9"}
+    second, shown = continue_with(3, minia3="9.0", versions=other_torch)
+    before = f"minia3 {first['minia3']}, torch {first['versions']['torch']}"
+    note = f"note     so far: {before}; from now on: minia3 9.0, torch 9.9.9; results may differ\n"
+    assert note in shown
+    _, shown = continue_with(4, minia3="9.0", versions=other_torch, git_commit=None)  # not known
+    assert "so far: " not in shown
+    third, shown = continue_with(5, minia3="9.1", versions=other_torch)
+    assert "note     so far: minia3 9.0; from now on: minia3 9.1; results may differ\n" in shown
+    recorded = read_run_config(out)
+    assert recorded["continued_with"] == [second, third]
+    assert recorded["minia3"] == first["minia3"]
+
+
 def test_a_run_says_if_it_resumes_with_weights_of_another_dtype(tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
