@@ -133,7 +133,7 @@ def fit(prompt: Prompt, row: dict, encode: Callable[[str], list[int]], max_lengt
     If the input is too long, the row's longest field (in characters) loses as few words as possible
     from its middle, down to one word, and then the next longest field does. So the words of the
     prompt remain, and a user's input keeps its beginning (what to do) and its end (the question).
-    Choices are never cut.
+    Choices are never cut. T-Few's code cuts tokens off the end of the input instead.
 
     Raise ValueError if the input is too long even with one word of each field.
     """

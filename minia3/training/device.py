@@ -186,7 +186,8 @@ def cached_files(path):
 def choose_dtype(config, device):
     """Return the dtype of the weights.
 
-    The vectors are float32 whatever the dtype of the base is.
+    The vectors are float32 whatever the dtype of the base is. T-Few's code keeps the base in
+    float32, too, and computes products of matrices in bfloat16 (autocast).
     """
     if config.dtype is not None:
         return getattr(torch, config.dtype)
