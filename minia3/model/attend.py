@@ -186,15 +186,15 @@ def ungrouped(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, is_causal, dropout, scale):
     the bias must be the same for all heads, and is repeated N times. With PyTorch's causal mask,
     which does not suit such queries, keys and values are repeated instead.
     """
-    n_sharing = q_BHLK.shape[1] // k_BGMK.shape[1]
+    n_heads_per_kv_head = q_BHLK.shape[1] // k_BGMK.shape[1]
     if is_causal:
-        k_BHMK = k_BGMK.repeat_interleave(n_sharing, dim=1)
-        v_BHMK = v_BGMK.repeat_interleave(n_sharing, dim=1)
+        k_BHMK = k_BGMK.repeat_interleave(n_heads_per_kv_head, dim=1)
+        v_BHMK = v_BGMK.repeat_interleave(n_heads_per_kv_head, dim=1)
         return fused(q_BHLK, k_BHMK, v_BHMK, bias_BHLM, is_causal, dropout, scale)
-    q_BGQK = q_BHLK.unflatten(1, (-1, n_sharing)).flatten(2, 3)
+    q_BGQK = q_BHLK.unflatten(1, (-1, n_heads_per_kv_head)).flatten(2, 3)
     bias = bias_BHLM
     if bias is not None and q_BHLK.shape[2] > 1:  # a bias of one row serves any number of queries
-        bias = aligned(bias.unsqueeze(2).expand(-1, -1, n_sharing, -1, -1)).flatten(2, 3)
+        bias = aligned(bias.unsqueeze(2).expand(-1, -1, n_heads_per_kv_head, -1, -1)).flatten(2, 3)
     out_BGQK = fused(q_BGQK, k_BGMK, v_BGMK, bias, is_causal, dropout, scale)
     return out_BGQK.reshape(q_BHLK.shape)
 
