@@ -30,7 +30,7 @@ OTHER_KERNELS = [
 ]
 
 
-def attend(q_BHLK, k_BGMK, v_BGMK, context, *, dropout=0.0, scale=1.0):
+def attend(q_BHLK, k_BGMK, v_BGMK, context, *, dropout, scale):
     """Return (B, H, L, K): for each query, the values weighted by its scores.
 
     H must be a multiple of G. context: its `bias_BHLM` is added to the scores, and must have the

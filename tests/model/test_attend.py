@@ -30,9 +30,9 @@ HEADS_AND_BIASES = [
 ]
 
 
-def attend_with(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, **options):
+def attend_with(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, dropout=0.0, scale=1.0):
     context = Context(torch.tensor([0]), bias_BHLM=bias_BHLM)
-    return attend(q_BHLK, k_BGMK, v_BGMK, context, **options)
+    return attend(q_BHLK, k_BGMK, v_BGMK, context, dropout=dropout, scale=scale)
 
 
 @pytest.fixture(autouse=True)
@@ -165,7 +165,7 @@ def end_to_end(n_heads, n_kv_heads, bias_kind):
 @pytest.mark.parametrize("bias_kind", ["causal", "per head", "window"])
 def test_each_row_of_a_padded_batch_is_attention_of_that_row_alone(n_heads, n_kv_heads, bias_kind):
     qkv, context = end_to_end(n_heads, n_kv_heads, bias_kind)
-    found = attend(*qkv, context, scale=0.3)
+    found = attend(*qkv, context, dropout=0.0, scale=0.3)
     grad = torch.randn(found.shape, dtype=torch.float64)
     gradients = torch.autograd.grad(found, qkv, grad)
     first = 0
@@ -177,7 +177,7 @@ def test_each_row_of_a_padded_batch_is_attention_of_that_row_alone(n_heads, n_kv
         if bias is not None:
             bias = bias[:, :, :n, :n]
         context_alone = Context(torch.tensor([0]), bias_BHLM=bias, is_causal=context.is_causal)
-        expected = attend(*alone, context_alone, scale=0.3)
+        expected = attend(*alone, context_alone, dropout=0.0, scale=0.3)
         torch.testing.assert_close(found[:, :, of_row], expected)
 
         expected_gradients = torch.autograd.grad(expected, alone, grad[:, :, of_row])
@@ -188,8 +188,8 @@ def test_each_row_of_a_padded_batch_is_attention_of_that_row_alone(n_heads, n_kv
 
 def test_a_padded_batch_has_dropout():
     qkv, context = end_to_end(4, 4, "per head")
-    plain = attend(*qkv, context)
-    dropped = attend(*qkv, context, dropout=0.9)
+    plain = attend(*qkv, context, dropout=0.0, scale=1.0)
+    dropped = attend(*qkv, context, dropout=0.9, scale=1.0)
     assert (dropped - plain).norm() > plain.norm()
 
 
@@ -203,7 +203,7 @@ def test_a_padded_batch_is_computed_without_its_padding(monkeypatch):
         return original(q_BHLK, k_BGMK, *args, **kwargs)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    attend(*qkv, context)
+    attend(*qkv, context, dropout=0.0, scale=1.0)
     assert computed == [(n, n) for n in LENGTHS]
 
 
