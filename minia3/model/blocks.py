@@ -11,6 +11,8 @@ width, F feed-forward. Outside attention, a packed batch (packing.py) consists o
 token each: then B counts tokens, and L is 1. A name without a suffix may be packed or not.
 """
 
+from functools import partial
+
 import torch.nn.functional as F
 from torch import nn
 
@@ -21,7 +23,7 @@ from minia3.model.recompute import recompute, rms_norm
 
 ACTIVATIONS = {
     "relu": F.relu,
-    "gelu": nn.GELU(approximate="tanh").forward,  # of T5 v1.1; models would share one GELU module
+    "gelu": partial(F.gelu, approximate="tanh"),  # of T5 v1.1
     "silu": F.silu,
 }
 
