@@ -138,7 +138,7 @@ class Llama(nn.Module):
         adapter_B, adapter_numbers = check_start(source, mask, adapter, self)
         if mask is None:
             packing = NO_PACKING
-            mask_BL = None
+            is_read_BL = None
             n_padding = ()
             read_BL = source[:, :-1]
             start_B1 = source[:, -1:]
@@ -147,15 +147,16 @@ class Llama(nn.Module):
             # padding from them.
             order_BM = mask.int().argsort(dim=1, descending=True, stable=True)
             source_BM = source.gather(1, to_device(order_BM, source.device))
-            last_B1 = mask.sum(dim=1, keepdim=True) - 1
-            start_B1 = source_BM.gather(1, to_device(last_B1, source.device))
-            n_read = last_B1.flatten().tolist()  # of each prompt
+            n_read_B1 = mask.sum(dim=1, keepdim=True) - 1  # so many tokens stand before the last
+            last_B1 = to_device(n_read_B1, source.device)
+            start_B1 = source_BM.gather(1, last_B1)
+            n_read = n_read_B1.flatten().tolist()
             n_columns = max(self.n_read_at_least, *n_read)
             n_padding = tuple(n_columns - n for n in n_read)
             read_BL = source_BM[:, :n_columns]
-            mask_BL = torch.arange(read_BL.shape[1], device=mask.device) < last_B1
+            mask_BL = torch.arange(read_BL.shape[1], device=mask.device) < n_read_B1
             packing = Packing(mask_BL, source.device, self.blocks[0])
-            mask_BL = to_device(mask_BL, source.device)
+            is_read_BL = to_device(mask_BL, source.device)
 
         state = State(
             start=start_B1,
@@ -171,7 +172,7 @@ class Llama(nn.Module):
             for cache in state.caches:
                 cache.kv = packing.padded_kv(cache.kv)
                 cache.length = state.length  # for rows end to end, it was that of all rows
-            state.mask_BM = mask_BL  # for the tokens that follow
+            state.mask_BM = is_read_BL  # for the tokens that follow
             state.n_padding = n_padding
             state.n_source = state.length
         return state
