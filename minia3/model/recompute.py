@@ -8,7 +8,7 @@ keys and values (`scale_keeping_result`) and, if the user asks for it with --rec
 Shapes: B batch, L length, D width of the model, or of what is scaled.
 """
 
-from dataclasses import replace
+import copy
 from functools import partial
 
 import torch
@@ -171,10 +171,10 @@ def _recomputed_forward(block, x, context, cache, kv_only=False):
     if not torch.is_grad_enabled():
         return forward(x, context, cache, kv_only)
 
-    before = replace(cache)  # the second pass must start from the same cache as the first
+    before = copy.copy(cache)  # the second pass must start from the same cache as the first
 
     def run_once(x):
-        cache_of_this_pass = replace(before)
+        cache_of_this_pass = copy.copy(before)
         out = forward(x, context, cache_of_this_pass, kv_only)
         return out, cache_of_this_pass.kv
 
