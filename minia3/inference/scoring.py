@@ -144,7 +144,7 @@ def choice_logprobs(model, batch, adapter=None):
 
     score = score_repeated
     if n_choices > n_at_once and torch.is_grad_enabled():
-        state.make_cross_kv()  # once for all chunks
+        state.ensure_all_cross_kv()  # once for all chunks
         score = partial(checkpoint, score_repeated, use_reentrant=False)
     targets = target_BCL.split(n_at_once, dim=1)
     masks = batch.target_mask_BCL.split(n_at_once, dim=1)

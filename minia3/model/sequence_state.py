@@ -70,8 +70,8 @@ class Cache:
     length: int = 0
     make_cross_kv: Callable | None = None
 
-    def read_cross_kv(self):
-        """Return `cross_kv`, and make it if there is none yet."""
+    def ensure_cross_kv(self):
+        """Make `cross_kv` if it is not there yet, and return it."""
         if self.cross_kv is None and self.make_cross_kv is not None:
             self.cross_kv = self.make_cross_kv()
         return self.cross_kv
@@ -137,10 +137,10 @@ class State:
         """
         find_rows(self.adapter_numbers, model)
 
-    def make_cross_kv(self):
+    def ensure_all_cross_kv(self):
         """Make all keys and values of the source now, and not each block's when the block runs."""
         for cache in self.caches:
-            cache.read_cross_kv()
+            cache.ensure_cross_kv()
 
     def check_tokens(self, tokens):
         """Raise ValueError if these are not tokens (R, L) for each row, or if the last step failed.
@@ -209,7 +209,7 @@ class State:
     def cross_context(self):
         """Return the Context of cross-attention, in which rows that share a source ask together."""
         lengths = self.source_packing.lengths
-        n_sources = len(lengths or self.caches[0].read_cross_kv()[0])
+        n_sources = len(lengths or self.caches[0].ensure_cross_kv()[0])
         n_cache_rows = len(self.start) // self.n_sharing
         # Rows that share a source also share an adapter, so the first of them speaks for all.
         adapter_B = self.adapter_B[:: n_cache_rows // n_sources]
@@ -223,7 +223,7 @@ class State:
         # Record gradients, because a later step may need those of the source.
         with torch.inference_mode(False), torch.enable_grad():
             for cache in self.caches:
-                padded = self.source_packing.padded_kv(cache.read_cross_kv())
+                padded = self.source_packing.padded_kv(cache.ensure_cross_kv())
                 cache.cross_kv = tuple(x.contiguous() for x in padded)
         self.source_packing = NO_PACKING
 
@@ -279,7 +279,7 @@ class State:
             kv = cross_kv = None
             if cache.kv is not None:
                 kv = tuple(selection.columns_of(x, axis=2) for x in cache.kv)
-            if cache.read_cross_kv() is not None:
+            if cache.ensure_cross_kv() is not None:
                 padded = self.source_packing.padded_kv(cache.cross_kv)
                 cross_kv = tuple(selection.shared_rows_of(x) for x in padded)
             caches.append(Cache(kv, cross_kv, self.length))

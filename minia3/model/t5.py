@@ -87,8 +87,8 @@ class Stack(nn.Module):
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
             cache = Cache() if caches is None else caches[i]
-            # With gradients, this makes the source's keys and values now: see `cross_cache`.
-            cache.read_cross_kv()
+            # With gradients, this may make the source's keys and values now: see `cross_cache`.
+            cache.ensure_cross_kv()
             # A block without a table uses the bias of the block before it.
             if i < len(self.positions):
                 context = replace(context, bias_BHLM=self.bias(i, bucket_LM, mask_bias))
@@ -151,8 +151,9 @@ def cross_cache(cross, memory, context):
     if not torch.is_grad_enabled():
         return Cache(cross_kv=cross.kv(memory, context))
 
-    # All steps share them, also those of states that are made from this one. So they are made once,
-    # and have gradients even if the first step has none.
+    # All steps share them, and they have gradients even if the first step has none. Several caches
+    # may have this function: `State.repeat` copies a cache, often before its `cross_kv` is made. So
+    # the function remembers what it has made, or each copy would make its own.
     @functools.cache
     def make_cross_kv():
         with torch.inference_mode(False), torch.enable_grad():

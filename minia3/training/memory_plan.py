@@ -175,7 +175,7 @@ def score_without_padding(model, source_BM, target_BCL, sharded=False):
     n_at_once = choices_at_once(n_examples, length)
     if n_choices <= n_at_once or sharded:
         return score(target_BCL).sum()
-    state.make_cross_kv()  # once for all chunks, as in `choice_logprobs`
+    state.ensure_all_cross_kv()  # once for all chunks, as in `choice_logprobs`
     total = 0.0
     for part in target_BCL.split(n_at_once, dim=1):
         total = total + checkpoint(score, part, use_reentrant=False).sum()

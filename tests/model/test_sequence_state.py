@@ -438,8 +438,8 @@ def test_keys_and_values_of_the_source_are_not_copied_for_each_choice(models, na
     state = models[name].start(tokens(2, 5), length_mask(5, 3))
     shared = "cross_kv" if name.startswith("t5") else "kv"
     repeated = state.repeat(3)
-    repeated.make_cross_kv()
-    state.make_cross_kv()
+    repeated.ensure_all_cross_kv()
+    state.ensure_all_cross_kv()
     for cache, repeated_cache in zip(state.caches, repeated.caches, strict=True):
         found = getattr(repeated_cache, shared)
         expected = getattr(cache, shared)
