@@ -223,8 +223,8 @@ def initial_widths(model):
     config = model.config
     widths = [
         (model.embed, 1),
-        (model.encoder.positions[0], config.d_model),
-        (model.decoder.positions[0], config.d_model),
+        (model.encoder.bias_tables[0], config.d_model),
+        (model.decoder.bias_tables[0], config.d_model),
     ]
     for module in model.modules():
         if isinstance(module, Attention):

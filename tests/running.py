@@ -72,7 +72,7 @@ def model(name, seed=0):
     generator = torch.Generator().manual_seed(seed)
     new = build_model(CONFIGS[name])
     for key, parameter in list(new.named_parameters()):
-        scale = 1.0 if "embed" in key or "position" in key else 0.3
+        scale = 1.0 if "embed" in key or "bias_tables" in key else 0.3
         values = scale * torch.randn(parameter.shape, generator=generator)
         place_parameter(new, key, values + key.endswith("norm.weight"))
     minia3.save_model(new, folder, word_tokenizer(ends=name.startswith("t5")))

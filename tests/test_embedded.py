@@ -221,7 +221,7 @@ def test_a_new_model_has_the_initialisation_of_t5():
         block.attn.o: config.n_heads * config.d_head,
         block.ffn.gate: config.d_model,
         block.ffn.down: config.d_ff,
-        model.encoder.positions[0]: config.d_model,
+        model.encoder.bias_tables[0]: config.d_model,
     }
     for module, width in widths.items():
         # The standard deviation of n normal numbers is off by about 1 / sqrt(2 n).

@@ -20,7 +20,7 @@ T5 = {
     "encoder.block.{}.layer.0.SelfAttention.k.weight":                          "encoder.blocks.{}.attn.k.weight",
     "encoder.block.{}.layer.0.SelfAttention.v.weight":                          "encoder.blocks.{}.attn.v.weight",
     "encoder.block.{}.layer.0.SelfAttention.o.weight":                          "encoder.blocks.{}.attn.o.weight",
-    "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight":    "encoder.positions.{}.weight",  # umT5: in every layer
+    "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight":    "encoder.bias_tables.{}.weight",  # umT5: in every layer
     "encoder.block.{}.layer.1.layer_norm.weight":                               "encoder.blocks.{}.ffn_norm.weight",
     "encoder.block.{}.layer.1.DenseReluDense.wo.weight":                        "encoder.blocks.{}.ffn.down.weight",
     "encoder.final_layer_norm.weight":                                          "encoder.norm.weight",
@@ -29,7 +29,7 @@ T5 = {
     "decoder.block.{}.layer.0.SelfAttention.k.weight":                          "decoder.blocks.{}.attn.k.weight",
     "decoder.block.{}.layer.0.SelfAttention.v.weight":                          "decoder.blocks.{}.attn.v.weight",
     "decoder.block.{}.layer.0.SelfAttention.o.weight":                          "decoder.blocks.{}.attn.o.weight",
-    "decoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight":    "decoder.positions.{}.weight",  # umT5: in every layer
+    "decoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight":    "decoder.bias_tables.{}.weight",  # umT5: in every layer
     "decoder.block.{}.layer.1.layer_norm.weight":                               "decoder.blocks.{}.cross_norm.weight",
     "decoder.block.{}.layer.1.EncDecAttention.q.weight":                        "decoder.blocks.{}.cross.q.weight",
     "decoder.block.{}.layer.1.EncDecAttention.k.weight":                        "decoder.blocks.{}.cross.k.weight",

@@ -8,7 +8,7 @@ while it is gathered (docs/scale.md). Zhao et al. 2023, arXiv 2304.11277.
     cross-attention's k and v   are gathered together, when the keys and values of the encoder's
                                 output are made, before their block runs
     the rest                    is whole in every process: the embedding, the head, the last norm,
-                                T5's tables of positions, and the vectors, which train
+                                T5's tables of biases, and the vectors, which train
 
 All processes take part in gathering. If one of them runs a block more often than the others, it
 gets rows of another block, or waits forever, and no error says so. So all processes must make the

@@ -49,7 +49,7 @@ class T5Config:
     gated: bool = False
     own_head: bool = False  # False: the head is the embedding
     scale_logits: bool = True  # as in v1.0
-    own_positions: bool = False  # True: each block has its own table of positions, as in umT5
+    own_positions: bool = False  # True: each block has its own table of biases, as in umT5
     n_buckets: int = 32
     max_distance: int = 128
     dropout: float = 0.1
@@ -70,7 +70,7 @@ class Stack(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         n_tables = n_layers if config.own_positions else 1
         tables = [nn.Embedding(config.n_buckets, config.n_heads) for _ in range(n_tables)]
-        self.positions = nn.ModuleList(tables)
+        self.bias_tables = nn.ModuleList(tables)
         self.max_distance = config.max_distance
         self.is_bidirectional = not is_decoder
 
@@ -90,19 +90,19 @@ class Stack(nn.Module):
             # With gradients, this may make the source's keys and values now: see `cross_cache`.
             cache.ensure_cross_kv()
             # A block without a table uses the bias of the block before it.
-            if i < len(self.positions):
+            if i < len(self.bias_tables):
                 context = replace(context, bias_BHLM=self.bias(i, bucket_LM, mask_bias))
             x = block(x, context, cache)
         return self.dropout(self.norm(x))
 
     def bucket(self, distance_LM):
         """Return the bucket (L, M) of each distance in this stack: see `distance_bucket`."""
-        n_buckets = self.positions[0].num_embeddings
+        n_buckets = self.bias_tables[0].num_embeddings
         return distance_bucket(distance_LM, self.is_bidirectional, n_buckets, self.max_distance)
 
     def bias(self, i, bucket_LM, mask_bias):
         """Return (1 or B, H, L, M): the biases of table i, plus `mask_bias` if there is one."""
-        bias_BHLM = self.positions[i](bucket_LM).permute(2, 0, 1).unsqueeze(0)
+        bias_BHLM = self.bias_tables[i](bucket_LM).permute(2, 0, 1).unsqueeze(0)
         if mask_bias is not None:
             bias_BHLM = bias_BHLM + mask_bias
         return aligned(bias_BHLM)  # once for all blocks

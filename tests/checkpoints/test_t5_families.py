@@ -4,7 +4,7 @@ A family counts as supported if its logits, the gradients of its vectors, genera
 adapters in both directions and merging agree with transformers and peft. So one small random model
 of each family, written by transformers, goes through the same tests. The models differ from each
 other in what the published models differ in: the depth of the stacks, the activation, gated or not,
-the head, and the tables of positions.
+the head, and the tables of biases.
 """
 
 import pytest
@@ -75,7 +75,7 @@ def test_the_families_have_the_heads_and_the_tables_of_the_published_models(load
     for name in FAMILIES:
         model = loaded(name)
         assert (model.head is not None) == (name in (*UNTIED_FAMILIES, "mt5")), name
-        n_tables = len(model.decoder.positions)
+        n_tables = len(model.decoder.bias_tables)
         n_layers = len(model.decoder.blocks)
         assert n_tables == (n_layers if name.startswith("umt5") else 1), name
 
