@@ -18,14 +18,14 @@ from minia3.tasks.mixture import draw_rows
 
 
 def draw_batches(cell, tokenizer, model=None):
-    """Return the examples of each step, as Batches.
+    """Return the examples of each step, as DrawnExamples.
 
     model: if given, check that it can read the examples. Raise ValueError, with the `idx` of the
     row, if a row cannot be trained on.
     """
     plan = plan_steps(cell.assignments, cell.config)
     examples, notes = encode_plan(plan, cell, tokenizer, model)
-    return Batches(cell.assignments, cell.config, examples, notes)
+    return DrawnExamples(cell.assignments, cell.config, examples, notes)
 
 
 def print_notes(cells):
@@ -44,7 +44,7 @@ def print_notes(cells):
                 print(f"note     {cell.title}{text}")
 
 
-class Batches:
+class DrawnExamples:
     """A list of examples for each step, drawn when a step is asked for.
 
     Ask for the steps in order: to go back to an earlier one, everything is drawn again from step 0.

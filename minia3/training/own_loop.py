@@ -11,7 +11,9 @@ from minia3.training.rules import check_config
 
 
 def batches(model, tokenizer, task, *, batch_size=8, steps=1000, seed=0, max_length=512):
-    """Return an iterator of Batches (minia3/tasks/batches.py), drawn as train.py draws them.
+    """Return an iterator that yields a Batch (minia3/tasks/batches.py) for each step.
+
+    The examples are those that train.py draws.
 
     A row is put into the words of one of `prompts_for(model, task)`. task: from `load_task`.
     max_length: maximum tokens of an input; a longer one loses words from its middle.
