@@ -10,8 +10,8 @@ Training, evaluation and prediction all go through these. Whatever is large is c
 the logits of many tokens (target_logprobs.py), and the choices of a task with many of them.
 
 Shapes: B batch, M source length, C choices, L target length, S length of a text (a source and its
-target), R = S - 1 tokens of it that are read, D model, V vocabulary, T tokens that are scored, N
-all examples, or all tokens of a batch.
+target), R = S - 1 tokens of it that are read, D model, V vocabulary, P all tokens of a batch, T
+those of them that are scored, N all examples.
 """
 
 import warnings
@@ -95,14 +95,14 @@ def masked_logprobs(model, state, target, mask):
     Only tokens that are asked for get logits.
     """
     read_BL = torch.cat((state.start, target[:, :-1]), dim=1)
-    x_ND = model.run_blocks(read_BL, state).flatten(0, 1)
-    target_N = target.flatten().long()
+    x_PD = model.run_blocks(read_BL, state).flatten(0, 1)
+    target_P = target.flatten().long()
     if mask is None:
-        logp = target_logprobs(x_ND, model.head_weight, target_N).view(target.shape)
+        logp = target_logprobs(x_PD, model.head_weight, target_P).view(target.shape)
     else:
         place_T = true_places(mask, target.device)
-        x_TD = x_ND.index_select(0, place_T)
-        logp_T = target_logprobs(x_TD, model.head_weight, target_N[place_T])
+        x_TD = x_PD.index_select(0, place_T)
+        logp_T = target_logprobs(x_TD, model.head_weight, target_P[place_T])
         logp = spread(logp_T, place_T, mask.shape)
     state.end_step()
     return logp
@@ -190,11 +190,11 @@ def text_logprobs(model, batch, adapter):
         packing = Packing(is_read_BR, device, model.blocks[0])
 
     state = model.start(ids_BS[:, :1], None, adapter)  # reads nothing: it leaves out the last token
-    x_ND = model.run_blocks(ids_BS[:, :-1], state, packing).flatten(0, 1)
+    x_PD = model.run_blocks(ids_BS[:, :-1], state, packing).flatten(0, 1)
 
     place_T = true_places(texts.is_scored_BS[:, 1:], device)
     next_T = ids_BS[:, 1:].flatten()[place_T]
-    logp_T = target_logprobs(x_ND.index_select(0, place_T), model.head_weight, next_T)
+    logp_T = target_logprobs(x_PD.index_select(0, place_T), model.head_weight, next_T)
     target_place_T = true_places(batch.target_mask_BCL, device)
     return spread(logp_T, target_place_T, batch.target_mask_BCL.shape)
 
