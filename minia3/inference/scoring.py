@@ -133,14 +133,14 @@ def choice_logprobs(model, batch, adapter=None):
     n_rows, n_choices, length = target_BCL.shape
     if n_choices == 1:
         # A single choice may advance `state` itself, because no other choice continues it.
-        return score_choices(model, state, target_BCL, batch.target_mask_BCL)
+        return logprobs_of_choices(model, state, target_BCL, batch.target_mask_BCL)
 
     n_at_once = choices_at_once(n_rows, length)
     if is_sharded(model):  # because every chunk would gather the whole model again
         n_at_once = n_choices
 
     def score_repeated(target_BCL, mask_BCL):
-        return score_choices(model, state.repeat(target_BCL.shape[1]), target_BCL, mask_BCL)
+        return logprobs_of_choices(model, state.repeat(target_BCL.shape[1]), target_BCL, mask_BCL)
 
     score = score_repeated
     if n_choices > n_at_once and torch.is_grad_enabled():
@@ -199,7 +199,7 @@ def text_logprobs(model, batch, adapter):
     return spread(logp_T, target_place_T, batch.target_mask_BCL.shape)
 
 
-def score_choices(model, state, target_BCL, mask_BCL):
+def logprobs_of_choices(model, state, target_BCL, mask_BCL):
     """Return (B, C, L): the log-probabilities of choices, 0 for padding. `state` has B * C rows."""
     mask = None if mask_BCL.all() else mask_BCL.flatten(0, 1)
     logp = masked_logprobs(model, state, target_BCL.flatten(0, 1), mask)

@@ -31,7 +31,7 @@ import minia3
 from minia3.checkpoints.load import build_model
 from minia3.inference.scoring import (
     choice_logprobs,
-    score_choices,
+    logprobs_of_choices,
     score_examples,
     total_logprobs,
 )
@@ -594,7 +594,7 @@ def test_one_pass_over_texts_is_two_over_sources_and_targets(name, lengths, load
 
     def in_two_passes():
         state = model.start(batch.source_BM, batch.mask_BM, adapter)
-        return score_choices(model, state, batch.target_BCL, batch.target_mask_BCL)
+        return logprobs_of_choices(model, state, batch.target_BCL, batch.target_mask_BCL)
 
     results = []
     for logprobs in (in_one_pass, in_two_passes):
