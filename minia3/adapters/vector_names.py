@@ -47,11 +47,11 @@ LLAMA = {
     "model.layers.{}.mlp.up_proj": "blocks.{}.ffn.l_up",
     "model.layers.{}.mlp.down_proj": "blocks.{}.ffn.l_ff",
 }
-LINEARS = T5 | T5_PLAIN | T5_GATED | LLAMA
+VECTOR_OF_LINEAR = T5 | T5_PLAIN | T5_GATED | LLAMA
 
 PREFIX = "base_model.model."
 SUFFIX = ".ia3_l"
-PEFT = {f"{PREFIX}{linear}{SUFFIX}": ours for linear, ours in LINEARS.items()}
+PEFT = {f"{PREFIX}{linear}{SUFFIX}": ours for linear, ours in VECTOR_OF_LINEAR.items()}
 
 # PEFT's names of vectors that scale an input end in one of these.
 INPUT_VECTORS = (".wo.ia3_l", ".down_proj.ia3_l")
@@ -64,7 +64,7 @@ def t_few_names():
     wi_1 is to scale the input of wo: both are one factor of the same product, so it is our l_ff.
     """
     table = {}
-    for linear, ours in LINEARS.items():
+    for linear, ours in VECTOR_OF_LINEAR.items():
         if linear.endswith((".k", ".v", ".wi_1")):
             table[f"{linear}.multi_lora_b"] = ours.replace("l_up", "l_ff")
     return table
