@@ -47,12 +47,12 @@ def merge(model, adapter=0):
     Raise ValueError if there is no such row, if a product is not finite, or if a base is both
     quantized and divided.
     """
-    row = copy_row(model, adapter)
+    vectors = copy_row(model, adapter)
     if quantized_linears(model):
         if is_sharded(model):
             advice = "merge the files of its checkpoint instead (minia3 merge)"
             raise ValueError(f"a base that is quantized and divided among processes: {advice}")
-        return finish_merge(model, merge_quantized(model, row))
+        return finish_merge(model, merge_quantized(model, vectors))
     merged = build_model(model.config)
     if is_sharded(model):
         shard(merged, model.shards)
@@ -63,12 +63,12 @@ def merge(model, adapter=0):
         module = model.get_submodule(place)
         parameter = getattr(module, kind)
         if is_divided(parameter):
-            place_rows(merged, name, fold_rows(name, parameter, row, model.shards))
+            place_rows(merged, name, fold_rows(name, parameter, vectors, model.shards))
             continue
         if name.endswith(".scale"):
             tensor = torch.ones_like(parameter[:1])
         else:
-            tensor = fold_with_lora(name, module, row)
+            tensor = fold_with_lora(name, module, vectors)
         place_parameter(merged, name, tensor, parameter.requires_grad)
     return finish_merge(model, merged)
 
@@ -83,13 +83,13 @@ def finish_merge(model, merged):
     return merged.train(model.training)
 
 
-def fold_with_lora(name, module, row):
+def fold_with_lora(name, module, vectors):
     """Return what `fold` returns for a parameter of `module`, after adding the module's LoRA."""
     kind = name.rpartition(".")[2]
     parameter = getattr(module, kind).detach()
     if not isinstance(module, LoRA) or kind != "weight":
-        return fold(name, parameter, row)
-    folded = fold(name, module.merged(), row).to(parameter.dtype)
+        return fold(name, parameter, vectors)
+    folded = fold(name, module.merged(), vectors).to(parameter.dtype)
     check_folded(name, folded)
     return folded
 
@@ -116,14 +116,14 @@ def merge_files(
     if not is_free(out):
         raise ValueError(f"{out}: exists and is not empty; give a new folder")
     model, stored, dtype = open_checkpoint(name_or_path, dtype)
-    row = fitting_vectors(model, read_adapter(adapter), adapter)
+    vectors = fitting_vectors(model, read_adapter(adapter), adapter)
     tokenizer = find_tokenizer(find(name_or_path))
     if change is not None:
         change(model, tokenizer)
     if quantize is not None:
         stored = quantized_entries(model, stored, dtype, quantize)
     out_dtype = out_dtype or dtype
-    tensors = folded_tensors(model, stored, dtype, row, out_dtype)
+    tensors = folded_tensors(model, stored, dtype, vectors, out_dtype)
     try:
         with writing_folder(out) as temporary:
             save_others(temporary, model, out_dtype, tokenizer)
@@ -134,11 +134,11 @@ def merge_files(
             out.rmdir()
 
 
-def folded_tensors(model, stored, dtype, row, out_dtype):
+def folded_tensors(model, stored, dtype, vectors, out_dtype):
     """Return (name in the checkpoint, bytes, function that makes the tensor) of each parameter."""
 
     def make(name, entry):
-        return fold(name, entry.read().to(dtype), row).to(out_dtype).contiguous()
+        return fold(name, entry.read().to(dtype), vectors).to(out_dtype).contiguous()
 
     tensors = []
     for name, parameter in model.named_parameters():
