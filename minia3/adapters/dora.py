@@ -52,7 +52,7 @@ def write_dora(folder, adapter_file, base, origin):
         "lora_alpha": 1,
         "inference_mode": True,
         "base_model_name_or_path": public_name(base),
-        "task_type": task_type(model),
+        "task_type": task_type(tensors),
         "target_modules": target_modules(linears, [name for name, _ in stored.values()]),
     }
     write_peft(folder, tensors, config)

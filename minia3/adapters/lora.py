@@ -140,7 +140,7 @@ def save_lora(model, folder, base=None):
         "r": len(loras[0].lora_A),
         "lora_alpha": loras[0].alpha,
         "base_model_name_or_path": public_name(base),
-        "task_type": task_type(model),
+        "task_type": task_type(tensors),
         "target_modules": sorted({peft_linear(name) for name in tensors}),
     }
     write_peft(folder, tensors, config)

@@ -175,11 +175,10 @@ def write_adapter(folder, vectors, base=None):
     of ones.
     """
     tensors = peft_tensors(vectors)
-    is_llama = any(name.startswith("blocks.") for name in vectors)
     targets, inputs = target_modules(vectors, tensors)
     config = {
         "peft_type": "IA3",
-        "task_type": "CAUSAL_LM" if is_llama else "SEQ_2_SEQ_LM",
+        "task_type": task_type(tensors),
         "inference_mode": True,
         "base_model_name_or_path": public_name(base),
         "revision": None,
@@ -239,9 +238,11 @@ def count_linears(kinds, n_layers):
     return count
 
 
-def task_type(model):
-    """Return PEFT's name for what a model does."""
-    return "SEQ_2_SEQ_LM" if hasattr(model, "encoder") else "CAUSAL_LM"
+def task_type(peft_names):
+    """Return PEFT's name for what the model of an adapter does. peft_names: of its tensors."""
+    stacks_of_t5 = (f"{PREFIX}encoder.", f"{PREFIX}decoder.")
+    is_t5 = any(name.startswith(stacks_of_t5) for name in peft_names)
+    return "SEQ_2_SEQ_LM" if is_t5 else "CAUSAL_LM"
 
 
 def peft_tensors(vectors):
