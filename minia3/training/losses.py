@@ -8,7 +8,7 @@
 lm is the likelihood, ul the unlikelihood, ln the length-normalized likelihood. A mean is over the
 whole batch of an adapter, as in T-Few's code, so long answers weigh more. The loss functions return
 one sum per example, because the examples of a batch may belong to several adapters, and
-`total_loss` and `losses_of_examples` divide by the number of terms.
+`losses_of_examples` divides by the number of terms.
 
 Shapes: B rows, C choices, L tokens of a choice. Padding, and choices that a row does not have, are
 False in the mask.
@@ -55,25 +55,33 @@ def length_normalized_loss(logp_BCL, mask_BCL, label_B):
 LOSSES = {"lm": lm_loss, "ul": unlikelihood_loss, "ln": length_normalized_loss}
 
 
-def count_terms(mask_BCL, label_B):
-    """Return a dict from each loss to the number of terms of its mean.
+def terms_of_losses(n_tokens, n_correct, n_rows):
+    """Return a dict from each loss to the number of terms of its mean, or 1 if there are none.
 
-    These are the tokens of correct choices, the tokens of wrong choices, and the rows.
+    n_tokens: of all choices. n_correct: those of the correct choices.
     """
-    n_correct = int(correct_tokens(mask_BCL, label_B).sum())
-    return {"lm": n_correct, "ul": int(mask_BCL.sum()) - n_correct, "ln": len(label_B)}
+    n_terms = {"lm": n_correct, "ul": n_tokens - n_correct, "ln": n_rows}
+    # Rows with a target have no wrong choices: 0 / 1 instead of 0 / 0.
+    return {name: max(n, 1) for name, n in n_terms.items()}
+
+
+def count_terms(mask_BCL, label_B):
+    """Return the `terms_of_losses` of a batch."""
+    n_correct = correct_tokens(mask_BCL, label_B).sum()
+    return terms_of_losses(int(mask_BCL.sum()), int(n_correct), len(label_B))
 
 
 def count_terms_of(examples, names=("lm", "ul", "ln")):
     """Return what `count_terms` would return for examples (tasks/examples.py), without tensors."""
-    n_terms = {"lm": 0, "ul": 0, "ln": len(examples)}
+    n_tokens = 0
+    n_correct = 0
     for example in examples:
         lengths = [len(target) for target in example.targets]
         if example.is_scored is not None:
             lengths = [sum(example.is_scored)]
-        n_correct = lengths[example.label]
-        n_terms["lm"] += n_correct
-        n_terms["ul"] += sum(lengths) - n_correct
+        n_tokens += sum(lengths)
+        n_correct += lengths[example.label]
+    n_terms = terms_of_losses(n_tokens, n_correct, len(examples))
     return {name: n for name, n in n_terms.items() if name in names}
 
 
@@ -91,20 +99,14 @@ def total_loss(logp_BCL, mask_BCL, label_B, names=("lm", "ul", "ln"), n_terms=No
         n_terms = count_terms(mask_BCL, label_B)
     mask_BCL = to_device(mask_BCL, logp_BCL.device)
     label_B = to_device(label_B, logp_BCL.device)
-    loss = 0
-    for name in names:
-        # Rows with a target have no wrong choices: 0 / 1 instead of 0 / 0.
-        loss = loss + LOSSES[name](logp_BCL, mask_BCL, label_B).sum() / max(n_terms[name], 1)
-    return loss
+    n_terms = {name: n_terms[name] for name in names}
+    return losses_of_examples(logp_BCL, mask_BCL, label_B, n_terms).sum()
 
 
 def losses_of_examples(logp_BCL, mask_BCL, label_B, n_terms):
     """Return (B,): what each example adds to the `total_loss` of its adapter.
 
-    n_terms: a dict from the name of each loss to (B,): the `count_terms` of the adapter's batch.
+    n_terms: a dict from the name of each loss to the `count_terms` of the adapter's batch: (B,), or
+    an int if all examples have the same adapter.
     """
-    loss_B = 0
-    for name, n_B in n_terms.items():
-        # Rows with a target have no wrong choices: 0 / 1 instead of 0 / 0.
-        loss_B = loss_B + LOSSES[name](logp_BCL, mask_BCL, label_B) / n_B.clamp(min=1)
-    return loss_B
+    return sum(LOSSES[name](logp_BCL, mask_BCL, label_B) / n for name, n in n_terms.items())
