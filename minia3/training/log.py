@@ -42,10 +42,10 @@ class TrainingLog:
         # Since the last line:
         self.logged_seconds = 0.0  # the value of `seconds` then
         self.n_tokens = 0
-        self.losses = []  # one dict per step: a cell's row -> its loss
+        self.losses_of_steps = []  # one dict per step: a cell's row -> its loss
         self.unread = []  # further steps: the rows that trained, and a tensor of all losses (A,)
         # In the current step:
-        self.loss_A = 0.0
+        self.loss_A = None  # what the micro-batches so far add to the loss of each cell
         self.n_parts = 0  # micro-batches that this process has read
 
     def state_dict(self):
@@ -53,8 +53,9 @@ class TrainingLog:
         return {**state, "losses": self.read_losses()}
 
     def load_state_dict(self, state):
-        for name in (*self.SAVED, "losses"):
+        for name in self.SAVED:
             setattr(self, name, state[name])
+        self.losses_of_steps = state["losses"]
 
     @contextmanager
     def progress_bar(self):
@@ -86,12 +87,16 @@ class TrainingLog:
 
     def start_step(self):
         self.started = time.perf_counter()
-        self.loss_A = 0.0
+        self.loss_A = None
         self.n_parts = 0
 
     def add_losses(self, loss_A):
         """Add what a micro-batch adds to the loss of each cell."""
-        self.loss_A = self.loss_A + loss_A.detach()
+        loss_A = loss_A.detach()
+        if self.loss_A is None:
+            self.loss_A = loss_A.clone()  # because `sum_step` changes it in place
+        else:
+            self.loss_A = self.loss_A + loss_A
         self.n_parts += 1
 
     def end_step(self, batch):
@@ -100,7 +105,7 @@ class TrainingLog:
         self.step += 1
         self.bar.update()
         if self.line_is_due():
-            self.losses = self.read_losses()
+            self.losses_of_steps = self.read_losses()
             self.unread = []
         now = time.perf_counter()
         self.seconds += now - self.started
@@ -109,8 +114,8 @@ class TrainingLog:
 
     def show_loss(self, now):
         """Show the loss of the last step in the bar, because the next line may be minutes away."""
-        losses = list(self.read_losses()[-1].values())
-        self.bar.set_postfix_str(f"loss {np.mean(losses):.3f}")
+        loss_of_row = self.read_losses()[-1]
+        self.bar.set_postfix_str(f"loss {np.mean([*loss_of_row.values()]):.3f}")
         self.shown_at = now
 
     def read_losses(self):
@@ -118,11 +123,11 @@ class TrainingLog:
 
         This waits for a GPU, so call it only if a line is due, or once a second for the bar.
         """
-        steps = list(self.losses)
+        steps = list(self.losses_of_steps)
         if self.unread:
-            losses = torch.stack([loss_A for _, loss_A in self.unread]).tolist()
-            for (rows, _), loss_of_row in zip(self.unread, losses, strict=True):
-                steps.append({row: loss_of_row[row] for row in rows})
+            loss_SA = torch.stack([loss_A for _, loss_A in self.unread])
+            for (rows, _), losses in zip(self.unread, loss_SA.tolist(), strict=True):
+                steps.append({row: losses[row] for row in rows})
         return steps
 
     # Lines
@@ -133,9 +138,9 @@ class TrainingLog:
         A cell that ran out of patience before this line is left alone, because its training is
         over, as it would be if the cell had trained alone.
         """
-        first_step = self.step - len(self.losses) + 1
-        for step, losses in enumerate(self.losses, first_step):
-            for row, loss in losses.items():
+        first_step = self.step - len(self.losses_of_steps) + 1
+        for step, loss_of_row in enumerate(self.losses_of_steps, first_step):
+            for row, loss in loss_of_row.items():
                 cell = self.cells[row]
                 if not math.isfinite(loss) and cell.is_active:
                     fail_cell(cell, step, loss)
@@ -150,21 +155,22 @@ class TrainingLog:
             line = self.training_line(means, cells)
             self.run.write("train", step=self.step, **line)
             self.show_training(line)
-        self.losses = []
+        self.losses_of_steps = []
         self.n_tokens = 0
         self.logged_seconds = self.seconds
 
     def write_rest(self):
         """Write a line about the steps since the last line, if an early stop has left some."""
-        self.losses = self.read_losses()
+        self.losses_of_steps = self.read_losses()
         self.unread = []
-        if self.losses:
-            last_step = self.losses[-1]
+        if self.losses_of_steps:
+            last_step = self.losses_of_steps[-1]
             self.write_training([cell for row, cell in enumerate(self.cells) if row in last_step])
 
     def training_line(self, means, cells):
         """Return the values of a line. means: from `mean_losses`."""
-        n_examples = self.config.batch_size * sum(len(losses) for losses in self.losses)
+        n_steps = sum(map(len, self.losses_of_steps))  # of all cells
+        n_examples = self.config.batch_size * n_steps
         seconds = self.seconds - self.logged_seconds
         line = {
             "loss": sum(means.values()) / len(means),
@@ -185,7 +191,8 @@ class TrainingLog:
         """
         means = {}
         for row, cell in enumerate(self.cells):
-            cell_losses = [losses[row] for losses in self.losses if row in losses]
+            steps = [loss_of_row for loss_of_row in self.losses_of_steps if row in loss_of_row]
+            cell_losses = [loss_of_row[row] for loss_of_row in steps]
             if cell.progress.failure is None and cell_losses and np.isfinite(cell_losses).all():
                 means[cell.name] = np.mean(cell_losses)
         return means

@@ -165,7 +165,7 @@ def log_by_hand(names="ab"):
 
 def test_a_line_has_the_loss_of_every_adapter_that_has_trained_since_the_line_before():
     with log_by_hand() as (log, lines):
-        log.losses = [{0: 1.0}, {0: 3.0, 1: 4.0}]  # the second one trains again
+        log.losses_of_steps = [{0: 1.0}, {0: 3.0, 1: 4.0}]  # the second one trains again
         log.write_training(log.cells)
         assert lines[0]["losses"] == {"a": 2.0, "b": 4.0}
         assert log.cells[1].progress.losses == [4.0]
@@ -174,11 +174,11 @@ def test_a_line_has_the_loss_of_every_adapter_that_has_trained_since_the_line_be
 def test_the_losses_of_adapters_that_have_failed_are_in_no_line():
     with log_by_hand() as (log, lines):
         log.cells[0].progress.failure = "its loss is NaN"
-        log.losses = [{0: float("nan")}]
+        log.losses_of_steps = [{0: float("nan")}]
         log.write_training(log.cells)
-        assert (lines, log.losses) == ([], [])
+        assert (lines, log.losses_of_steps) == ([], [])
         log.seconds = 2.0
-        log.losses = [{0: float("nan")}, {1: 4.0}]
+        log.losses_of_steps = [{0: float("nan")}, {1: 4.0}]
         log.write_training(log.cells)
         assert lines[0]["losses"] == {"b": 4.0}
 
