@@ -60,15 +60,16 @@ def train(run, group, config):
     """Train all cells of a group at once. A cell is one adapter: a row of the model's vectors.
 
     Each cell has its own data order, loss, clipping, optimizer state and early stop, as if it
-    trained alone. The cells share only the forward pass and the draws of dropout. A signal stops
-    the run at once, except within `run.uninterrupted()`. Outside these blocks the state of the
-    group can always be saved. `log` counts the steps (`end_step`), and says what is due after each.
+    trained alone. The cells share only the passes, forward and backward, and the draws of dropout.
+    A signal stops the run at once, except within `run.uninterrupted()`. Outside these blocks the
+    state of the group can always be saved. `log` counts the steps (`end_step`), and says what is
+    due after each.
     """
     model = group.model
     log = group.log
     with log.progress_bar(), run.checkpointing(group):
         while True:
-            # From time to time, evaluate on held-out rows. Each cell keeps its best vectors.
+            # From time to time, evaluate on held-out rows. Each cell keeps its best parameters.
             if log.evaluation_is_due():
                 results = group.evaluate_active()  # cell -> its results
                 with run.uninterrupted():
@@ -162,7 +163,8 @@ def run_grid(run: Run, config: Config):
     n_cells = len(cells)
     run.start_writing(cells, config)
 
-    # The cells of (IA)^3 share a model. Other methods change its weights, so each cell loads it.
+    # The cells of (IA)^3 share a model. Other methods change the model for all of its examples, so
+    # each cell loads its own.
     is_alone = config.is_training and config.method in TRAINED_ALONE
     group_size = 1 if is_alone else n_cells
     baselines = Baselines()

@@ -20,7 +20,7 @@ LARGE_BLOCK = 1 << 25  # bytes
 def choose_micro_batch_size(group):
     """Return how many examples a forward pass of a group reads, or None for all of a step.
 
-    On a GPU, a large pass is a fast one. On a CPU, the passes of a grid are only so large that the
+    On a GPU, a large pass is a fast one. On a CPU, the passes of a grid are kept so small that the
     widest tensors, those inside the feed-forwards, stay below LARGE_BLOCK: in a single pass,
     fifteen adapters of t5-base with eight examples each take 1.5 times as long, and five times the
     memory. A pass has at least as many examples as a step of one adapter.

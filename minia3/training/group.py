@@ -196,13 +196,13 @@ class Group:
             # of another copy may have made others: a LLaMA reads choices in two passes, and single
             # targets in one. All processes have read equally many parts of the batch, though.
             reset_passes(self.model)
-        trained = self.parameters.values()  # those without a gradient do not train
-        return sum_step(trained, self.log.loss_A, self.log.n_parts, signal)
+        parameters = self.parameters.values()  # also those that do not train
+        return sum_step(parameters, self.log.loss_A, self.log.n_parts, signal)
 
     def evaluate(self, cell, assignment, rows, shots=()):
         """Return the result of a cell on `rows`: the median over the prompts of --eval-prompt.
 
-        So says the paper (section 3.1). T-Few's code draws a prompt for each row instead.
+        This follows the paper (section 3.1). T-Few's code draws a prompt for each row instead.
         """
         results = []
         title = f"{cell.title_of(assignment.task)}evaluating"
@@ -237,7 +237,7 @@ class Group:
     def evaluate_active(self):
         """Return a dict from each cell that still trains to its results on held-out rows.
 
-        A cell whose scores are not finite has None. It still has its best vectors so far.
+        A cell whose scores are not finite has None. It still has its best parameters so far.
         """
         results = {}
         for cell in self.active_cells:

@@ -13,7 +13,10 @@ LOSS_SCALE = 128.0
 
 
 def choose_loss_scale(dtype, device):
-    """Return (), with which `loss.backward` begins, or None, which is 1. dtype: of the weights."""
+    """Return a tensor (), the gradient with which `loss.backward` begins, or None, which means 1.
+
+    dtype: of the weights.
+    """
     if dtype != torch.float16:
         return None
     return torch.tensor(LOSS_SCALE, device=device)

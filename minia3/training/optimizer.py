@@ -58,9 +58,10 @@ class RowOptimizer:
             self.update(tables, rates_here)
 
     def group_tables(self):
-        """Return lists of tables that are updated together: of one shape, after as many steps.
+        """Return lists of tables that are updated together.
 
-        A table without a gradient is left out, and stays as it is.
+        They have one shape, and their rows have taken the same numbers of steps. A table without a
+        gradient is left out, and stays as it is.
         """
         alike = defaultdict(list)
         for l_AD in self.tables:
@@ -276,8 +277,8 @@ def make_optimizer(parameters, config):
 def learning_rate(step, config):
     """Return the learning rate of a step, counted from 0: linear from 0 to the peak, then to 0.
 
-    As in T-Few, the rate of step 0 is 0 if there is a warm-up, so the first step changes nothing.
-    T-Few's code does not round the number of warm-up steps.
+    As in T-Few, the rate of step 0 is 0 if there is a warm-up, so the first step changes no vector,
+    but only what the optimizer keeps. T-Few's code does not round the number of warm-up steps.
     """
     warmup_steps = round(config.warmup_ratio * config.steps)
     if step < warmup_steps:
