@@ -10,7 +10,7 @@ what nn.Linear does.
                                        static_state, to_device, processor
     keep a base in less memory         quantized, shard
     choose and add vectors             more_vectors, site_names
-    find out whose adapter a row has   adapter_rows
+    check that a row kept its adapter  adapter_rows
     count what a model costs           costs
 
 A tensor's name ends in its shape: x_BLD has axes of the sizes B, L and D, and a 1 is an axis of

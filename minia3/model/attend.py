@@ -1,9 +1,9 @@
 """Attention itself: softmax(scale * q k^T + bias) v.
 
-PyTorch computes it (`F.scaled_dot_product_attention`), except in two cases on a CPU. A padded batch
-of long rows is computed row by row, without its padding. If each row has a single query, as in
-decoding, plain products are used in 16-bit dtypes (but not in bfloat16 on a processor with tiles
-for it), and in float32 for many rows, because PyTorch's kernel is slow there.
+PyTorch computes it (`F.scaled_dot_product_attention`), usually in one call. On a CPU, rows that lie
+end to end, without their padding, take one call each (packing.py). Only a single query per row, as
+in decoding on a CPU, takes plain products instead: in 16-bit dtypes (but not in bfloat16 on a
+processor with tiles for it), and in float32 for many rows, because PyTorch's kernel is slow there.
 
 Shapes: B batch, L query length, M memory length, H query heads, G key/value heads, N query heads
 per key/value head (H / G), Q queries of N heads (N * L), K head width, T real tokens of a batch.
@@ -81,7 +81,7 @@ def attend_to_sources(q_BHLK, k_1GTK, v_1GTK, lengths, dropout, scale):
 def is_decoding_on_cpu(q_BHLK, dropout):
     """Return whether `attend_with_one_query` can compute this, and is faster than PyTorch.
 
-    It has no dropout, and records no gradient.
+    `attend_with_one_query` has no dropout, and records no gradient.
     """
     is_plain = not (dropout or torch.is_grad_enabled() or torch.compiler.is_compiling())
     n_rows, _, n_queries, _ = q_BHLK.shape

@@ -1,14 +1,15 @@
 """The transformer block that T5 and LLaMA share, with (IA)^3 in its three places.
 
-Attention is two calls. `kv(memory)` makes keys and values, and this is where (IA)^3 scales them.
-`forward(x, kv)` queries them. Self-attention is `kv` of its own input, cross-attention is `kv` of
-the encoder's output, and a cache is what `kv` is appended to. So no line here asks which kind of
-attention or which architecture it is. What differs between architectures is a number or a
+Attention is two calls. `kv(memory, context)` makes keys and values, and (IA)^3 scales them there.
+`forward(x, kv, context)` queries them. Self-attention is `kv` of its own input, cross-attention is
+`kv` of the encoder's output, and a cache is what `kv` is appended to. So no line here asks which
+kind of attention or which architecture it is. What differs between architectures is a number or a
 module at construction, or a tensor in the `Context` of a call (sequence_state.py).
 
 Shapes: B batch, L query length, M memory length, D model, H query heads, G key/value heads, K head
-width, F feed-forward. Outside attention, a packed batch (packing.py) consists of rows of one
-token each: then B counts tokens, and L is 1. A name without a suffix may be packed or not.
+width, F feed-forward. A packed batch (packing.py) consists of rows of one token: B counts tokens,
+and L is 1. `Attention` unpacks such a batch, and packs the result. There, what may be packed has a
+name without a suffix, because within one function B cannot count both tokens and rows.
 """
 
 from functools import partial
@@ -36,10 +37,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Unscaled(nn.Module):
-    """A place for a vector that the paper does not have. It scales nothing.
-
-    `--sites` puts an IA3 in its place (more_vectors.py).
-    """
+    """A place for a vector beyond the paper (`--sites`, see more_vectors.py). It scales nothing."""
 
     def forward(self, x, adapter):
         return x
@@ -61,7 +59,7 @@ def rotate(x_BHLK, rotation):
 
 
 class Attention(nn.Module):
-    """softmax(scale q (l_k * k)^T + bias) (l_v * v), for n_heads query heads.
+    """(softmax(scale q (l_k * k)^T + bias) (l_v * v)) W_o, for n_heads query heads.
 
     Several of them may share a key/value head (Ainslie et al. 2023, arXiv 2305.13245). Without l_k
     and l_v: Vaswani et al. 2017, arXiv 1706.03762. scale: d_head ** -0.5 in LLaMA, 1 in T5.
@@ -177,9 +175,8 @@ class Block(nn.Module):
     def forward(self, x_BLD, context, cache, kv_only=False):
         """Append keys and values to `cache`. Return the output (B, L, D), or `cache.kv` if kv_only.
 
-        kv_only: stop there, because nothing reads the output of a prompt's last block. Return the
-        keys and values of the cache instead, because FSDP2 (shard.py) gathers the weights for the
-        backward pass when a gradient reaches what the block returned.
+        kv_only: stop after the keys and values, and return them. (Nothing reads the output of a
+        prompt's last block. shard.py says why they must be returned.)
         """
         h_BLD = self.attn_norm(x_BLD)
         kv = cache.append(*self.attn.kv(h_BLD, context))

@@ -29,8 +29,8 @@ class IA3(nn.Module):
     The rows are float32 whatever the dtype of the model, because small updates must survive (in
     bfloat16, 1 + 0.003 is 1). They are cast to the dtype of the activations when they are used.
 
-    keeps_result: overwrite x, and keep the result for the backward pass. This takes no memory if
-    attention keeps the result anyway.
+    keeps_result: if true, `forward` overwrites x, and keeps its result for the backward pass. This
+    takes no memory if attention keeps the result anyway.
     """
 
     def __init__(self, d, n_adapters=1, keeps_result=False):

@@ -1,9 +1,9 @@
 """LLaMA: only a decoder, which reads the prompt and continues it.
 
 Touvron et al. 2023, arXiv 2302.13971. The blocks are T5's without cross-attention. The feed-forward
-is gated by SiLU, several query heads may share one key/value head, scores are divided by
-sqrt(d_head), and order comes from rotating queries and keys. Mistral adds a window, Qwen2 biases of
-q, k and v, and Qwen3 norms of queries and keys.
+is gated by SiLU, scores are divided by sqrt(d_head), and order comes from rotating queries and
+keys. Several query heads may share one key/value head (from Llama 2 70B on, arXiv 2307.09288).
+Mistral adds a window, Qwen2 biases of q, k and v, and Qwen3 norms of queries and keys.
 
 Shapes: B batch, L query length, M memory length, D model, H query heads, K head width, P pairs of
 entries in a head (K / 2), V vocabulary.

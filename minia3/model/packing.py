@@ -86,11 +86,12 @@ class Packing:
 
 
 def lies_end_to_end(mask_BL, device, block):
-    """Return whether attention gets the rows of this batch end to end, because that is faster.
+    """Return whether attention gets the rows of this batch end to end.
 
-    It is on a CPU, if the rows are long and there is padding. Compiled blocks would be compiled
-    again for other lengths. And the padding must be at the end, because then the mask and the
-    biases of each row are the first rows and columns of those of the batch.
+    This is faster on a CPU if the rows are long and there is padding. It is not done for compiled
+    blocks, which would be compiled again for other lengths. And the padding must be at the end,
+    because then the mask and the biases of each row are the first rows and columns of those of the
+    batch.
     """
     is_compiled = torch.compiler.is_compiling() or block._compiled_call_impl is not None
     if is_compiled or device.type != "cpu" or mask_BL.shape[1] < LEAST_COLUMNS or mask_BL.all():

@@ -95,7 +95,8 @@ class _RMSNorm(torch.autograd.Function):
         x, weight_D, r = ctx.saved_tensors
         unit = x * r
         weighted = grad * weight_D.to(r.dtype)
-        # The part of the gradient along x drops out, because scaling x does not change the result.
+        # The part of the gradient along x drops out (but for a share of eps), because scaling x
+        # hardly changes the result.
         along = (weighted * unit).mean(-1, keepdim=True)
         grad_x = weighted.addcmul_(unit, along, value=-1).mul_(r).to(x.dtype)
         grad_weight_D = None

@@ -7,8 +7,9 @@
 Training, scoring and decoding use them alike, so no block asks whether there is a cache.
 
 Several rows may continue one source: the choices of a question, samples, beams. T5's rows share the
-encoder's keys and values, which never change. LLaMA's rows share the prompt's keys and values, and
-each row adds its own. All of these are kept side by side in one row of the cache:
+keys and values that cross-attention makes of the source, and which never change. LLaMA's rows share
+the prompt's keys and values, and each row adds its own. All of these are kept side by side in one
+row of the cache:
 
     column    0  1  2  3     4  5  6     7  8  9
     owner_M  -1 -1 -1 -1     0  0  0     1  1  1      prompt (shared), then row 0's, then row 1's
@@ -42,8 +43,9 @@ SPARE_COLUMNS = 64  # that a cache gets when it grows, so that most steps copy n
 class Context:
     """The masks, positions and adapters of one call, which the blocks of a stack share."""
 
-    adapter_B: torch.Tensor  # a row of the vectors per example, or (1,): one row for all
-    # Models pass NO_PACKING, too, because this default would break a graph of torch.compile.
+    # For each example, or for each token of a packed batch, a row of the vectors; (1,): one for all
+    adapter_B: torch.Tensor
+    # Models pass NO_PACKING explicitly: torch.compile would break its graph at this default.
     packing: Packing | NoPacking = NO_PACKING
     bias_BHLM: torch.Tensor | None = None  # added to the scores: masks (-inf), T5's positions
     is_causal: bool = False  # use PyTorch's causal mask, which is right only if L = M
@@ -113,13 +115,13 @@ class State:
     """A batch of sequences that are being continued."""
 
     start: torch.Tensor  # (R, 1): the token that begins each target
-    adapter_B: torch.Tensor  # a row of the vectors per example, or (1,): one row for all
+    adapter_B: torch.Tensor  # for each row of the caches, a row of the vectors; (1,): one for all
     caches: list  # one per block
     token_M: torch.Tensor  # the place of each column's token in its sequence (see above)
     # The row to which each column belongs; -1: all rows share it. It stays on the CPU, because
     # `select` reads it, and reading it from a GPU would wait for the GPU.
     owner_M: torch.Tensor
-    length: int = 0  # tokens of a row so far
+    length: int = 0  # columns that a row sees so far, padding included
     mask_BM: torch.Tensor | None = None  # which columns are real; None: all of them
     n_padding: tuple = ()  # columns of padding in each row of the caches; (): none
     memory_bias_B11M: torch.Tensor | None = None  # for cross-attention: the source's padding
@@ -189,7 +191,7 @@ class State:
         self.is_stepping = False
 
     def longest(self):
-        """Return the number of tokens of the longest row so far, without its padding."""
+        """Return the number of real tokens of the longest row so far."""
         return self.length - min(self.n_padding, default=0)
 
     def query_columns(self, x, n_queries):

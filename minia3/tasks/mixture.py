@@ -5,7 +5,7 @@ member. Each example of a batch is drawn from a member with the probability
 
     min(rows of the member, cap) / sum over members of min(rows, cap)
 
-(T5's examples-proportional mixing: Raffel et al. 2020, arXiv 1910.10683, section 3.5.2). Without
+(T5's examples-proportional mixing: Raffel et al. 2019, arXiv 1910.10683, section 3.5.2). Without
 the cap, a large task would leave nothing of a small one.
 """
 
