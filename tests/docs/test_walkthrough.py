@@ -1,11 +1,13 @@
-"""The walkthrough runs, its predictions hold, and the notebook is made of the same cells.
+"""The walkthrough runs, its predictions hold, and the notebook has the same cells and outputs.
 
 The cells run in one namespace, without a kernel, so the test needs nothing but matplotlib.
 """
 
+import io
 import json
 import os
 import re
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ SOURCE = DOCS / "walkthrough.py"
 NOTEBOOK = DOCS / "walkthrough.ipynb"
 MAX_BYTES = 1_500_000
 N_CHAPTERS = 8
+NUMBER = re.compile(r"-?\d[\d,]*\.?\d*(?:e[+-]\d+)?")
 
 
 def read_cells(path):
@@ -35,18 +38,54 @@ def read_notebook():
     return json.loads(NOTEBOOK.read_text(encoding="utf-8"))
 
 
-@pytest.mark.slow
-def test_the_predictions_of_the_walkthrough_hold(monkeypatch, tmp_path):
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Run the cells. Return the names that they define, and what each cell of code prints."""
     pyplot = pytest.importorskip("matplotlib.pyplot", reason="matplotlib, which draws, is missing")
     pyplot.switch_backend("Agg")
-    monkeypatch.chdir(tmp_path)  # it must run from anywhere
+    folder = tmp_path_factory.mktemp("anywhere")
     names = {"__name__": "walkthrough"}
-    for kind, text in read_cells(SOURCE):
-        if kind == "code":
-            exec(compile(text, str(SOURCE), "exec"), names)
-        pyplot.close("all")
+    printed = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # it must run from anywhere
+        for kind, text in read_cells(SOURCE):
+            if kind == "code":
+                with redirect_stdout(io.StringIO()) as out:
+                    exec(compile(text, str(SOURCE), "exec"), names)
+                printed.append(out.getvalue())
+            pyplot.close("all")
+    assert os.listdir(folder) == []
+    return names, printed
+
+
+@pytest.mark.slow
+def test_the_predictions_of_the_walkthrough_hold(run):
+    names, _ = run
     assert names["trained"] > names["unasked"]
-    assert os.listdir(tmp_path) == []
+
+
+def words_and_numbers(text):
+    """Return a text with # in place of each number, however it is aligned, and the numbers."""
+    numbers = [float(number.replace(",", "")) for number in NUMBER.findall(text)]
+    return " ".join(NUMBER.sub("#", text).split()), numbers
+
+
+@pytest.mark.slow
+def test_the_notebook_shows_what_the_cells_print(run):
+    """Of what follows from training, only the words: there, rounding may grow."""
+    _, printed = run
+    cells = [cell for cell in read_notebook()["cells"] if cell["cell_type"] == "code"]
+    is_trained = False
+    for cell, text in zip(cells, printed, strict=True):
+        source = "".join(cell["source"])
+        shown = "".join("".join(output.get("text", "")) for output in cell["outputs"])
+        words, numbers = words_and_numbers(text)
+        shown_words, shown_numbers = words_and_numbers(shown)
+        assert words == shown_words, source
+        is_trained = is_trained or "optimizer.step()" in source
+        if not is_trained:
+            assert numbers == pytest.approx(shown_numbers, rel=0.02, abs=0.002), source
+    assert is_trained
 
 
 def test_the_notebook_has_the_cells_of_the_source():
