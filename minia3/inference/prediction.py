@@ -364,8 +364,8 @@ def scored_results(model, inputs, adapter, batch_size):
     """Return the result of each Input. All of them have choices."""
     examples = [row_input.example for row_input in inputs]
     results = []
-    scores_NC = score_examples(model, examples, adapter=adapter, batch_size=batch_size)
-    for row_input, scores in zip(inputs, scores_NC.tolist(), strict=True):
+    all_scores = score_examples(model, examples, adapter=adapter, batch_size=batch_size).tolist()
+    for row_input, scores in zip(inputs, all_scores, strict=True):
         choices = row_input.rendered.choices
         scores = scores[: len(choices)]  # the rest is -inf, because another row has more choices
         label = scores.index(max(scores))
