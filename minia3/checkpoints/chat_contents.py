@@ -17,7 +17,7 @@ from typing import NamedTuple
 from minia3.checkpoints.chat import render_chat
 from minia3.checkpoints.chat_spans import PROBES
 
-KNOWN_ROLES = ("user", "assistant")  # all templates write them
+UNCHECKED_ROLES = ("user", "assistant")  # see above
 
 
 class Rendering(NamedTuple):
@@ -46,12 +46,12 @@ class Rendering(NamedTuple):
 def check_contents(text, template, messages, special_tokens, tools=None, ends_with_prompt=True):
     """Raise ValueError if the text of a conversation lacks a message or a call of a tool.
 
-    Warn if it lacks the tools that are offered. text: what `render_chat` returns for the other
-    arguments.
+    Warn if it lacks the tools that are offered, or a message that it had before a tool was called.
+    text: what `render_chat` returns for the other arguments.
     """
     rendering = Rendering(template, messages, special_tokens, tools, ends_with_prompt)
     for i, message in enumerate(messages):
-        if message["role"] not in KNOWN_ROLES:
+        if message["role"] not in UNCHECKED_ROLES:
             check_message(rendering, i, text)
         if isinstance(message.get("tool_calls"), list):
             check_calls(rendering, i, text)
@@ -71,11 +71,32 @@ def check_message(rendering, i, text):
     if not isinstance(content, str) or content.strip() in text:
         return
     if all(rendering.with_message(i, content=probe).is_same(text) for probe in PROBES):
+        if rendering.ends_with_prompt and is_read_before_tools(rendering, i):
+            warnings.warn(
+                f"the chat template does not write the {message['role']} message after the result "
+                "of a tool, so the model does not read it: put it into the user's message",
+                stacklevel=2,
+            )
+            return
         raise ValueError(
             f"message {i} (role {message['role']!r:.40}) is not in the text that the template "
             "writes: give it a role that the template writes, or give another template "
             "(--chat-template FILE)"
         )
+
+
+def is_read_before_tools(rendering, i):
+    """Return whether the template writes message i if the conversation ends with the question.
+
+    Mistral's templates write the system message before the last message only, and only if that is
+    the user's. A model that has called a tool has read it then.
+    """
+    roles = [message["role"] for message in rendering.messages]
+    if "user" not in roles[i:]:
+        return False
+    last_question = len(roles) - 1 - roles[::-1].index("user")
+    earlier = rendering._replace(messages=rendering.messages[: last_question + 1])
+    return rendering.messages[i]["content"].strip() in render_chat(*earlier).text
 
 
 def check_calls(rendering, i, text):
@@ -87,6 +108,6 @@ def check_calls(rendering, i, text):
             function = call.get("function", call) if isinstance(call, dict) else call
             raise ValueError(
                 f"message {i} calls a tool, and the template does not write the call "
-                f"({function!r:.60}): use a model whose template does, or give one "
-                "(--chat-template FILE)"
+                f"({function!r:.60}): give its message no content (null), use a model whose "
+                "template writes calls, or give such a template (--chat-template FILE)"
             )

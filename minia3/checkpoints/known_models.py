@@ -555,7 +555,8 @@ def base_of(name_or_path):
     """Return the name of the known model that a folder was made from, or else `name_or_path`.
 
     `save_model` writes this name to config.json as `_name_or_path`, so a merged t5-base gets the
-    prompts that t5-base knows from pre-training. So does a copy of t5-base: see `row_of_copy`.
+    prompts that t5-base knows from pre-training. So does a copy of t5-base, in the hub's cache or
+    elsewhere.
     """
     return find_base(name_or_path) or name_or_path
 
@@ -573,25 +574,32 @@ def find_base(name_or_path):
     path = Path(name_or_path, "config.json")
     if not path.is_file():
         return None
+    folder = Path(os.path.abspath(path.parent))
     config = read_json(path)
+    row = row_in_cache(folder)
     base = config.get("_name_or_path")
-    if known_model(base):
+    if row is None and isinstance(base, str) and row_of(base):  # whatever folders there are
         return base
-    row = row_of_copy(path.parent, config)
+    row = row or row_of_copy(folder, config)
     return row.repo if row else None
 
 
-def row_of_copy(folder, config):
-    """Return the row of the known model that a folder is a copy of, or None.
-
-    It is a folder in the hub's cache, models--google-t5--t5-base/snapshots/..., or it has the name
-    and the sizes of the model, as `hf download google-t5/t5-base --local-dir t5-base` makes it.
-    config: the content of its config.json.
+def row_in_cache(folder):
+    """Return the row of a folder in the hub's cache, models--google-t5--t5-base/snapshots/..., or
+    None. Its config.json may name the model from which the known model was made.
     """
-    folder = Path(os.path.abspath(folder))
-    if folder.parent.name == "snapshots":
-        repo = folder.parent.parent.name.removeprefix("models--")
-        return row_of(repo.replace("--", "/"))
+    if folder.parent.name != "snapshots":
+        return None
+    repo = folder.parent.parent.name.removeprefix("models--")
+    return row_of(repo.replace("--", "/"))
+
+
+def row_of_copy(folder, config):
+    """Return the row of the known model whose name and sizes a folder has, or None.
+
+    `hf download google-t5/t5-base --local-dir t5-base` makes such a folder. config: the content of
+    its config.json.
+    """
     name = folder.name.lower()
     for row in KNOWN_MODELS.values():
         is_named = row is row_of(name) or name == row.repo.lower().partition("/")[2]

@@ -164,12 +164,13 @@ def check_new_adapter(folder):
 
     transformers would do so, also if the model holds the adapter already.
     """
-    if not (folder / "config.json").exists():
-        return
-    found = "a model, to which transformers would apply an adapter in the same folder"
-    if is_run(folder):
+    found = None
+    if any((folder / name).exists() for name in WEIGHT_FILES):
+        found = "a model, to which transformers would apply an adapter in the same folder"
+    elif (folder / "config.json").exists() and is_run(folder):
         found = "the folder of a run, whose config.json transformers would take for that of a model"
-    raise ValueError(f"{folder}: found {found}: give another folder")
+    if found is not None:
+        raise ValueError(f"{folder}: found {found}: give another folder")
 
 
 def warn_of_task_file(folder):

@@ -160,7 +160,9 @@ def check_out(args):
 def has_known_format(out):
     """Return whether the results can go to a path: a .jsonl or .csv file, a device or a pipe."""
     is_device = os.path.exists(out) and not os.path.isfile(out)
-    return is_device or Path(out).suffix.lower() in WRITTEN
+    ending = Path(out).suffix.lower()
+    is_number = ending[1:].isdigit()  # as in results-v1.2
+    return is_device or is_number or ending in WRITTEN
 
 
 def read_columns(text):
@@ -312,7 +314,8 @@ def choose_task(args, tasks):
             raise ValueError(f"{message}: did you mean {near[0]!r}?")
         raise ValueError(f"{message}: {', '.join([*learned, list_known_tasks()])}")
     spec = read_task_file(path)
-    if not args.labels and lacks_labels(spec, tasks):
+    is_single = not is_folder_of_adapters(args.adapter)  # others may have learned something else
+    if is_single and not args.labels and lacks_labels(spec, tasks):
         raise ValueError(
             f"--task is {args.task}, which leaves its labels to the file of train, and "
             f"{args.adapter or args.model} has learned to pick among labels: leave out --task, or "

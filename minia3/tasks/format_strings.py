@@ -11,7 +11,8 @@ from itertools import chain
 
 from minia3.tasks.names import nearest_of
 
-IN_BRACES = re.compile(r"\{\s*([^{}]+?)\s*\}")
+# After a letter, as in \boxed{answer}, they are LaTeX.
+IN_BRACES = re.compile(r"(?<!\w)\{\s*([^{}]+?)\s*\}")
 
 
 def check_template(text: str):

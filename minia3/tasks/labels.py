@@ -24,9 +24,10 @@ N_SHOWN = 20  # labels in a line
 # "01" is a word, because its zero would be lost.
 INTEGER = re.compile(r"0|-?[1-9][0-9]*")
 BOOLEANS = ("false", "true")  # in their own order
-# Words that hardly anybody gives to false, and to true.
-YES = ("yes", "true", "correct", "right")
-NO = ("no", "false", "incorrect", "wrong")
+# Nobody means false by one of the first words, and true by one of the others. (But in a column such
+# as has_error, false may be "correct".)
+YES = ("yes", "true")
+NO = ("no", "false")
 # As pandas writes an integer beside an empty cell, and a database a decimal (1.00).
 INTEGER_AS_FLOAT = re.compile(r"(-?\d+)\.0+")
 DECIMAL = re.compile(r"-?\d*\.\d*[1-9]\d*")  # and no integer

@@ -94,7 +94,7 @@ def check_message(message, i: int):
             f"message {i} has the role 'function_call': write it as a message of the role "
             f"'assistant' with {CALLS}"
         )
-    if message.get("function_call") is not None:
+    if message.get("function_call"):  # some files have an empty one in all other messages
         raise ValueError(
             f"message {i} has the older 'function_call': write it as {CALLS}, and the role "
             "'function' as 'tool'"
@@ -178,7 +178,9 @@ def fit_chat(row: dict, tokenizer, max_length: int):
     try:
         encoded = tokenizer.conversation(fitted, tools)
     except ValueError as error:
-        raise ValueError(f"row {row['idx']}: {error}") from None
+        # The error counts the messages that are left.
+        part = "" if len(fitted) == len(row["messages"]) else ", the turns that fit into max_length"
+        raise ValueError(f"row {row['idx']}{part}: {error}") from None
     if not any(encoded.is_scored):
         raise ValueError(f"row {row['idx']}: the chat template leaves out what the assistant wrote")
     return encoded, fitted is not messages

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from minia3.files.read import read_json
 from minia3.files.write import replacing, write_json
-from minia3.tasks.format_strings import can_name, check_template, roots_of
+from minia3.tasks.format_strings import can_name, check_template, names_in_text, roots_of
 from minia3.tasks.known_tasks import make_spec
 from minia3.tasks.labels import label_key
 from minia3.tasks.prompts import Prompt, check_choices
@@ -224,11 +224,14 @@ def read_prompt(prompt: Mapping) -> dict:
 
 
 def check_reads_columns(prompt: Prompt):
-    """Raise ValueError if the model would read the same text, and the same choices, for all rows.
+    """Raise ValueError if the model would read the same text for all rows, and pick from the same
+    choices. (It may always write after the same words, or pick from the choices of a row.)
 
-    Templates in other languages have double braces, which are braces of the text here.
+    Also raise it if only double braces stand in the text. Templates in other languages have them,
+    but here they are braces of the text.
     """
-    if not roots_of([prompt.text, *(prompt.choices or ())]):
+    is_constant = not roots_of([prompt.text, *(prompt.choices or ())])
+    if is_constant and (prompt.choices or names_in_text(prompt.text)):
         raise ValueError(
             f"'text' is {prompt.text!r:.60}, expected columns in single braces: {{text}}"
         )

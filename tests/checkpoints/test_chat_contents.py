@@ -7,7 +7,7 @@ import re
 import warnings
 
 import pytest
-from chat_templates import QWEN25, TEMPLATES, chat
+from chat_templates import MISTRAL_V3, QWEN25, TEMPLATES, chat
 
 from minia3.checkpoints.chat import render_chat
 from minia3.checkpoints.chat_contents import check_contents
@@ -129,6 +129,26 @@ def test_words_beside_a_call_need_not_be_in_the_text():
     calls_alone = re.sub(r"\{%- if message\.content %\}", "{%- if false %}", QWEN25)
     assert calls_alone != QWEN25
     check(calls_alone, calling("I look.", CALL))
+
+
+def test_a_warning_says_that_a_message_is_not_read_after_the_result_of_a_tool():
+    """Mistral's template writes the system message into the last message, if it is the user's."""
+    calls_tools = MISTRAL_V3.replace(
+        '{%- elif message["role"] == "assistant" %}',
+        '{%- elif message["role"] == "tool" %}{{ "[TOOL_RESULTS]" + message["content"] }}'
+        '{%- elif message["tool_calls"] is defined %}{{ message["tool_calls"] | tojson }}'
+        '{%- elif message["role"] == "assistant" %}',
+    )
+    question = [*chat("Be brief.", "Weather?"), *calling("", CALL)[1:3]]
+    question[0]["role"], question[1]["role"] = "system", "user"
+    text, _ = render_chat(calls_tools, question, SETTINGS)
+    assert "Be brief." not in text
+    with pytest.warns(UserWarning, match="does not write the system message after the result"):
+        check_contents(text, calls_tools, question, SETTINGS)
+    without_system = calls_tools.replace('system_message + "', '"')
+    text, _ = render_chat(without_system, question, SETTINGS)
+    with pytest.raises(ValueError, match=r"message 0 \(role 'system'\) is not in the text"):
+        check_contents(text, without_system, question, SETTINGS)
 
 
 @pytest.mark.parametrize(("name", "n_warnings"), [("qwen2.5", 0), ("llama3", 2)])

@@ -497,6 +497,21 @@ def test_a_copy_of_a_known_model_is_known(folder, name, tmp_path, monkeypatch):
     for written in (folder, f"{folder}/", str(path)):
         assert known_base(written) is KNOWN_MODELS[name]
         assert base_of(written) == KNOWN_MODELS[name].repo
+    # A merged model has a name in its config.json, which the folder of this path does not hide.
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    config = CONFIGS[name] | {"_name_or_path": KNOWN_MODELS[name].repo}
+    (merged / "config.json").write_text(json.dumps(config))
+    assert known_base(merged) is KNOWN_MODELS[name]
+
+
+def test_the_name_in_the_hubs_cache_is_that_of_the_model(tmp_path):
+    """Its config.json may name the model that it was trained from."""
+    path = tmp_path / "models--bigscience--T0_3B" / "snapshots" / "a9723ea"
+    path.mkdir(parents=True)
+    config = CONFIGS["t0-3b"] | {"_name_or_path": "google/t5-v1_1-xl"}
+    (path / "config.json").write_text(json.dumps(config))
+    assert known_base(path) is KNOWN_MODELS["t0-3b"]
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,11 @@ def test_an_adapter_is_not_saved_over_a_model_or_a_run(loaded, tmp_path):
         add_lora(other)
         save_lora(other, folder)
 
+    hyperparameters = tmp_path / "mine" / "config.json"
+    hyperparameters.parent.mkdir()
+    hyperparameters.write_text('{"lr": 0.003}')
     for save_there in (save, save_a_lora):
+        save_there(hyperparameters.parent)
         with pytest.raises(ValueError, match="model: found a model, to which transformers would"):
             save_there(tmp_path / "model")
         with pytest.raises(ValueError, match="run: found the folder of a run, whose config"):

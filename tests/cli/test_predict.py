@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 
 import pytest
 from command_line import CUT, answered, failure, output
@@ -68,6 +69,9 @@ def test_results_are_not_written_as_json_into_a_file_of_another_format(tmp_path,
     out = tmp_path / "out.CSV"
     answered(capsys, "predict", model("t5"), rows, "--out", out, "--columns", "input")
     assert out.read_text() == "input\nw3 w4\n"
+    out = tmp_path / "out-v1.2"
+    answered(capsys, "predict", model("t5"), rows, "--out", out)
+    assert json.loads(out.read_text())["idx"] == 0
 
 
 def evaluated(out, folder, capsys, **flags):
@@ -445,6 +449,17 @@ def test_a_task_file_that_leaves_its_labels_to_train_does_not_make_an_adapter_wr
     labels = ["--task", file, "--labels", ",".join(LABELS)]
     assert predicted(capsys, *flags, *labels)[0]["choice"] == expected["choice"]
     (result,) = predicted(capsys, new, "--task", file)  # the base has learned no labels
+    assert "output" in result
+
+    # In a folder of adapters, the next one may have learned to write.
+    adapters = tmp_path / "adapters"
+    for name in "ab":
+        shutil.copytree(out / "adapter", adapters / name)
+    writing = {"prompts": [{"text": "{text}"}], "target": "{text}"}
+    (adapters / "b" / "task.json").write_text(json.dumps(writing))
+    new = tmp_path / "named.jsonl"
+    new.write_text('{"text": "w12", "adapter": "b"}\n')
+    (result,) = predicted(capsys, new, "--adapter", adapters, "--task", file)
     assert "output" in result
 
 

@@ -576,6 +576,8 @@ def test_double_braces_around_something_else_than_a_column_are_braces(tmp_path):
     row = {"text": "a", "label": "{text}"}
     task = load(tmp_path, row, row | {"label": "b"}, input='{{"said": "{text}", "{{x}}": {{}}}}')
     assert rendered(task)[0] == ('{"said": "a", "{x}": {}}', ["{text}", "b"], 0)
+    task = load(tmp_path, row, row | {"label": "b"}, input="{text}: \\boxed{{label}}")
+    assert rendered(task)[0] == ("a: \\boxed{label}", ["{text}", "b"], 0)
 
 
 def test_braces_in_the_labels_of_a_task_file_are_not_fields(tmp_path):

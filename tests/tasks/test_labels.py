@@ -172,8 +172,14 @@ def test_a_name_comes_before_a_label_that_is_spelled_like_it():
     assert name_labels([0, 1], "label", ("1", "0"), ("no", "yes")).spelled == ("1", "0")
 
 
+def test_what_is_correct_may_be_false(tmp_path):
+    """As in a column `has_error`."""
+    task = load(tmp_path, (True, False) * 2, labels="correct,incorrect")
+    assert found_labels(task) == [1, 0, 1, 0]
+
+
 @pytest.mark.parametrize("values", [(True, False), ("TRUE", "False")])
-@pytest.mark.parametrize("asked", ["yes,no", "Correct,Incorrect", "Yes,false"])
+@pytest.mark.parametrize("asked", ["yes,no", "True,No", "Yes,false"])
 def test_yes_does_not_stand_for_false(values, asked, tmp_path):
     """Each label was the other one: yes and no were the words of false and true."""
     yes, no = asked.split(",")
@@ -188,6 +194,7 @@ def test_yes_does_not_stand_for_false(values, asked, tmp_path):
         load_task(tmp_path / "task.json")
     (tmp_path / "task.json").write_text(json.dumps({**entry, "labels": ["false", "true"]}))
     assert load_task(tmp_path / "task.json").prompts[0].choices == tuple(choices), "it was said"
+
     learned = TaskSpec((Prompt("{text}", ("bad", "good")),), labels=("false", "true"))
     with pytest.raises(ValueError, match=words):
         with_flags(learned, ColumnFlags(labels=asked))

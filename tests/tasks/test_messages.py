@@ -107,8 +107,9 @@ def test_the_older_form_of_a_call_is_refused(content):
     with pytest.raises(ValueError, match=re.escape(problem)):
         check_messages(row(messages))
     messages = turns("q", "a")
-    messages[1]["function_call"] = None  # as in exports of chats
-    check_messages(row(messages))
+    for empty in (None, {}, ""):  # as in exports of chats
+        messages[1]["function_call"] = empty
+        check_messages(row(messages))
 
 
 def test_a_call_in_sharegpt_s_form_is_refused():
@@ -323,6 +324,14 @@ def test_what_is_wrong_with_the_template_names_the_row():
 
     with pytest.raises(ValueError, match=r"\Arow 7: chat_template: message 0 changes\Z"):
         fit_chat(row(turns("q", "a")), Refusing(), 99)
+
+    class RefusingLong(Refusing):
+        def count_chat(self, messages, tools=None):
+            return len(messages)
+
+    problem = r"\Arow 7, the turns that fit into max_length: chat_template: message 0 changes\Z"
+    with pytest.raises(ValueError, match=problem):
+        fit_chat(row(turns("q", "a", "r", "b")), RefusingLong(), 2)
 
 
 def test_a_question_is_encoded_up_to_its_answer_within_the_limit():

@@ -98,6 +98,17 @@ def test_labels_may_be_left_to_the_file(tmp_path):
     assert load_task(path, labels="sports,arts").prompts[0].choices == ("sports", "arts")
 
 
+def test_a_prompt_may_be_the_same_for_all_rows_if_their_answers_are_not(tmp_path):
+    entry = {"prompts": [{"text": "Write a {{short}} title:"}], "target": "{title}"}
+    with pytest.raises(ValueError, match="expected columns in single braces"):
+        load_task(write(tmp_path, entry))
+    entry["prompts"][0]["text"] = "Write a title:"
+    task = load_task(write(tmp_path, entry))
+    assert render(task.prompts[0], task.train[0]).input == "Write a title:"
+    entry = {"prompts": [{"text": "Which is a title?"}], "label_field": "topic"}
+    assert load_task(write(tmp_path, entry)).prompts == (Prompt("Which is a title?", ("0", "1")),)
+
+
 def test_a_target_is_a_text_to_write(tmp_path):
     entry = {"prompts": [{"text": "{body}"}, {"text": "{body}?"}], "target": "{title}!"}
     task = load_task(write(tmp_path, entry))
