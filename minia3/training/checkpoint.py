@@ -234,6 +234,8 @@ def set_values(parameters, saved):
     Without saved values, nothing changes. Raise KeyError or TypeError if these are the values of
     other parameters.
     """
+    # In a run of --method full that an earlier version began, T5's biases have another name.
+    saved = {name.replace(".positions.", ".bias_tables."): value for name, value in saved.items()}
     if saved and saved.keys() != parameters.keys():
         raise KeyError(f"{len(saved)} parameters, expected {len(parameters)}")
     for name, value in saved.items():

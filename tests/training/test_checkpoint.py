@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from running import (
     in_new_process,
     kill_self,
     model,
+    outcome,
     resume,
     run,
     words,
@@ -143,6 +145,23 @@ def test_values_of_other_parameters_are_not_taken():
         with pytest.raises((KeyError, TypeError)):
             set_values(parameters, saved)
     assert bool((parameters["a"] == 1).all())
+
+
+def test_biases_are_found_under_the_name_that_an_earlier_version_gave_them(tmp_path):
+    """The checkpoint of a run of --method full was called damaged."""
+    out = tmp_path / "run"
+    assert run(words(out, method="full", lr=0.01, steps=4, eval_every=2)) == 0
+    earlier = shutil.copytree(out, tmp_path / "earlier")
+    saved = torch.load(earlier / "checkpoint.pt", weights_only=True)
+    (cell,) = saved["group"]["cells"]
+    for state, key in ((saved["group"], "parameters"), (cell["progress"], "last_parameters")):
+        old_names = {name: name.replace(".bias_tables.", ".positions.") for name in state[key]}
+        state[key] = {old_names[name]: value for name, value in state[key].items()}
+        assert "encoder.positions.0.weight" in state[key]
+    torch.save(saved, earlier / "checkpoint.pt")
+    for folder in (out, earlier):
+        assert run(["--resume", folder, "--steps", 8]) == 0
+    assert outcome(earlier) == outcome(out)
 
 
 @pytest.mark.parametrize("change", [{"n_bytes": -1}, {"n_bytes": "9"}, {"n_done": None}, {"x": 1}])
