@@ -134,7 +134,7 @@ class Config:
         None,
         "continue the run in this folder, with its flags; --steps extends it, and --device, "
         "--data-dir, --log-to, --micro-batch-size, --eval-batch-size, --shard and --offload may "
-        "differ (default: a new run)",
+        "differ; --shard without --offload keeps the base on the devices (default: a new run)",
     )
     or_resume: bool = flag(
         False, "if --out holds a run with these flags already, continue it, as --resume does"

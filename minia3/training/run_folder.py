@@ -249,7 +249,7 @@ def discard_run(folder):
 
 def restore_flags(given):
     """Return the flags of the run in the folder `given["resume"]`, with the --steps and the flags
-    of MAY_DIFFER that are given.
+    of MAY_DIFFER that are given. --shard without --offload keeps the base on the devices.
 
     Raise ValueError if other flags are given.
     """
@@ -272,6 +272,8 @@ def restore_flags(given):
             values[field.name] = saved[field.name]
     if "steps" in given:
         values["epochs"] = None
+    if "shard" in given:
+        values["offload"] = False  # --shard says anew where the base is, maybe with --offload
     return Config(**values | given)
 
 

@@ -27,8 +27,8 @@ EVALUATION_FLAGS = (
 # These flags say on which machine a run happens.
 PLACES_OF_MACHINE = ("data_dir", "device", "log_to")
 # These flags may differ when a run is resumed. The sizes change results only by rounding and the
-# draws of dropout, and a run that ran out of memory needs smaller ones. Where the base is changes
-# results only by rounding, too, and another number of processes needs another --shard.
+# draws of dropout. So does where the base is. A run that ran out of memory needs smaller sizes, and
+# another number of processes needs another --shard.
 MAY_DIFFER = (*PLACES_OF_MACHINE, "micro_batch_size", "eval_batch_size", "shard", "offload")
 # These flags say where a run happens and what it continues, and not what it computes.
 PLACES = (*PLACES_OF_MACHINE, "out", "resume", "config", "or_resume")
@@ -52,6 +52,8 @@ def unrecorded_flags(config, recorded):
         default = getattr(type(config), name)  # an earlier version has fewer flags
         if value != recorded.get(name, default):
             flags[name] = "none" if value is None else value  # of --log-to
+    if flags.get("offload") is False and config.shard is not None:
+        flags["shard"] = config.shard  # which takes --offload back: see `restore_flags`
     return flags
 
 
@@ -72,6 +74,8 @@ def resume_command(program, folder, flags):
         program = f"torchrun {count} {started}"
     words = ["--resume", str(folder)]
     for name, value in flags.items():
+        if value is False:  # --offload, which cannot be typed as "no"
+            continue
         words.append(option(name))
         if value is not True:
             words.append(str(value))

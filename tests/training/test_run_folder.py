@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -386,6 +387,33 @@ def test_a_run_resumes_on_another_device_with_another_folder_of_data(tmp_path, c
     assert {name: recorded[name] for name in here} == here
     assert recorded["steps"] == running.metrics(out)[-1]["steps"] == 2
     assert run(["--resume", out, "--steps", 3]) == 0  # as the run says
+
+
+def change_config(folder, **flags):
+    """Change flags in the config.json of a run."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | flags))
+
+
+def test_a_shard_without_offload_takes_the_offload_of_a_resumed_run_back(
+    tmp_path, capsys, monkeypatch
+):
+    """No flag says that there is no --offload, so such a run could not leave the CPU."""
+    out = tmp_path / "run"
+    assert run(words(out, steps=1)) == 0
+    change_config(out, shard=1, offload=True)
+    assert restore_flags({"resume": out}).offload
+    assert restore_flags({"resume": out, "shard": 1, "offload": True}).offload
+    given = ["--resume", out, "--steps", 2, "--shard", 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "make_cells", lambda config: kill_self(signal.SIGINT))
+        assert run(given) == 130
+    _, _, command = capsys.readouterr().err.partition("python train.py ")
+    assert shlex.split(command) == list(map(str, given))  # although --shard has not changed
+    assert run(given) == 0
+    assert "in the memory of the CPU" not in capsys.readouterr().out
+    recorded = read_run_config(out)
+    assert (recorded["shard"], recorded["offload"]) == (1, False)
 
 
 def test_a_run_says_if_it_is_continued_by_other_code_and_records_it(tmp_path, capsys, monkeypatch):
