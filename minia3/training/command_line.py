@@ -77,6 +77,7 @@ def complete(given):
     if config.log_to == "none":
         config.log_to = None  # also if the run that is resumed had some
     check_config(config)
+    check_given_shard(given)
     check_trackers(config.log_to)
     return config
 
@@ -106,6 +107,22 @@ def resume_if_begun(config, flags):
     given = {name: flags.get(name) for name in MAY_DIFFER}
     config = restore_flags({"resume": config.out, **given})
     return dataclasses.replace(config, or_resume=True)
+
+
+def check_given_shard(given):
+    """Raise ValueError if one process resumes a run with a --shard that it cannot follow.
+
+    This is about a --shard that is typed with --resume. That of config.json is no mistake, because
+    a process with more memory may hold the whole base of a run that was divided.
+    """
+    if given.get("resume") is None or given.get("shard") in (None, 1) or has_several_processes():
+        return
+    if given["shard"] == 0 and given.get("offload"):  # 0: --shard without a number
+        return
+    raise ValueError(
+        "--shard divides a model among processes, and there is one: start several "
+        "(torchrun --nproc-per-node N ...), or leave --shard out"
+    )
 
 
 def check_length(given):

@@ -29,6 +29,7 @@ from minia3.tasks.splits import load_task
 from minia3.training import group as training_group
 from minia3.training import run as training_run
 from minia3.training import run_folder
+from minia3.training.command_line import complete
 from minia3.training.config import Config
 from minia3.training.metrics_file import Metrics
 from minia3.training.run_folder import (
@@ -414,6 +415,18 @@ def test_a_shard_without_offload_takes_the_offload_of_a_resumed_run_back(
     assert "in the memory of the CPU" not in capsys.readouterr().out
     recorded = read_run_config(out)
     assert (recorded["shard"], recorded["offload"]) == (1, False)
+
+
+def test_a_shard_that_is_typed_to_resume_a_run_needs_several_processes(tmp_path, capsys):
+    """Without torchrun, it was ignored, and one process held the whole base."""
+    out = tmp_path / "run"
+    assert run(words(out, steps=1)) == 0
+    change_config(out, shard=2)
+    message = "--shard divides a model among processes, and there is one: start several"
+    for typed in (["--shard", 2], ["--shard"], ["--shard", 2, "--offload"]):
+        fails(["--resume", out, *typed], capsys, message, "or leave --shard out")
+    assert complete({"resume": str(out), "shard": 0, "offload": True}).offload
+    assert resume(out) == 0  # one process with more memory may continue a divided run
 
 
 def test_a_run_says_if_it_is_continued_by_other_code_and_records_it(tmp_path, capsys, monkeypatch):
