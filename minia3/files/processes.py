@@ -288,7 +288,8 @@ def hold_together(number):
     if _process.n_processes % number:
         raise ValueError(
             f"--shard {number} makes groups of {number} processes, but there are "
-            f"{_process.n_processes}: expected a multiple (torchrun --nproc-per-node)"
+            f"{_process.n_processes}: expected a multiple: change --nproc-per-node, "
+            "or give another --shard"
         )
     _process.n_per_copy = number
 

@@ -59,7 +59,9 @@ def test_a_number_of_processes_that_does_not_suit_shard_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="--shard 2 makes groups of 2 processes, but there are 1"):
         shards.make_shards(2, False, CPU)
     monkeypatch.setattr(processes._process, "n_processes", 4)
-    with pytest.raises(ValueError, match="--shard 3 makes groups of 3 processes, but there are 4"):
+    found = "--shard 3 makes groups of 3 processes, but there are 4"
+    advice = "expected a multiple: change --nproc-per-node, or give another --shard"
+    with pytest.raises(ValueError, match=f"{found}: {advice}"):
         shards.make_shards(3, False, CPU)
 
 
