@@ -101,7 +101,7 @@ def announce_processes(n_before, config):
     n_examples = examples_of_step(config)
     if config.is_training and n_examples < n_now:
         examples = f"{n_examples} {plural(n_examples, 'example')}"
-        print(f"note     a step has {examples} for {n_now} processes: raise --batch-size")
+        print(f"note     a step has {examples} for {n_now} processes: start fewer of them")
     if n_before != n_now:
         print(
             f"note     processes so far: {n_before}, from now on: {n_now}; results differ by "
@@ -110,7 +110,9 @@ def announce_processes(n_before, config):
 
 
 def examples_of_step(config):
-    """Return how many examples a step has: of all adapters that train together, while they do."""
+    """Return how many examples a step has while no adapter has stopped: those of all adapters that
+    train together.
+    """
     if config.method in TRAINED_ALONE:
         return config.batch_size
     return config.batch_size * len(expand_grid(config, config.axes))

@@ -242,8 +242,8 @@ def test_what_processes_share_is_what_the_run_does(flag, shared, monkeypatch, ca
 @pytest.mark.parametrize(
     ("flags", "note"),
     [
-        ({"batch_size": 3}, "a step has 3 examples for 4 processes: raise --batch-size"),
-        ({"batch_size": 1}, "a step has 1 example for 4 processes: raise --batch-size"),
+        ({"batch_size": 3}, "a step has 3 examples for 4 processes: start fewer of them"),
+        ({"batch_size": 1}, "a step has 1 example for 4 processes: start fewer of them"),
         ({"batch_size": 2, "seed": (0, 1)}, None),
         ({"batch_size": 2, "seed": (0, 1), "method": "lora"}, "a step has 2 examples for 4"),
         ({"batch_size": 1, "eval_only": True}, None),
