@@ -27,8 +27,8 @@ SAME_SEED = (
 
 # A note for a task that some models have seen
 UNKNOWN_MODEL = (
-    "minia3 does not know this model by name: it gets the general prompts, and whether it saw this "
-    "task's labels in its pre-training is not known"
+    "minia3 does not know this model by name, so it knows neither whether the model saw this "
+    "task's labels in its pre-training, nor prompts that are made for it"
 )
 
 

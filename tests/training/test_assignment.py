@@ -253,7 +253,7 @@ def test_a_warning_says_if_the_model_saw_the_labels_in_its_pre_training(
 ):
     """It was a note, which neither metrics.jsonl nor the model card had."""
     doubt = "t5-v1.0 saw this task's labels in its pre-training: these results are not few-shot"
-    unknown = "note     minia3 does not know this model by name: it gets the general prompts, and"
+    unknown = "note     minia3 does not know this model by name, so it knows neither whether"
     assert run(words(tmp_path / "run", steps=1, **rte_flags(tmp_path))) == 0
     shown = capsys.readouterr().out
     assert unknown in shown
