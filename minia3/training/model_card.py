@@ -232,10 +232,8 @@ def describe_origin(config, final, checksums):
         config = dataclasses.replace(config, dtype=dtype)
     command = shlex.join(training_command(config))
     length = f"{final['steps']:,} {plural(final['steps'], 'step')}"
-    origin = (
-        f"Trained with minia3 {__version__} for {length} by {code_span(command)}, on files with"
-    )
-    origin += " these SHA-256 checksums:\n\n"
+    origin = f"Trained for {length} by {code_span(command)}, finished with minia3 {__version__}"
+    origin += ", on files with these SHA-256 checksums:\n\n"
     origin += "\n".join(f"- {name} `{checksum}`" for name, checksum in checksums.items())
     if final.get("best_step") is not None:
         origin += (

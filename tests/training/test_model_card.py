@@ -210,11 +210,12 @@ def test_the_card_of_a_run_that_was_made_longer_says_so():
     assert "was extended" not in make_card()
 
 
-def test_a_card_says_which_step_was_the_best_and_which_minia3_trained():
+def test_a_card_says_which_step_was_the_best_and_which_minia3_finished():
     text = make_card(train.Config(eval_every=10), {"best_step": 1040, "steps": 2000})
     best = "The parameters are those after step 1,040, the best ones on held-out rows"
     assert f"\n\n{best} (`--eval-every`).\n" in text
-    assert f"Trained with minia3 {minia3.__version__} for 2,000 steps by `minia3 train" in text
+    assert "Trained for 2,000 steps by `minia3 train" in text
+    assert f"`, finished with minia3 {minia3.__version__}, on files with these SHA-256" in text
     assert "The parameters are those after" not in make_card()
 
 
@@ -319,7 +320,7 @@ def test_a_slash_or_a_dash_at_the_beginning_of_a_prompt_stays():
 def test_a_prompt_with_line_breaks_and_backticks_stays_in_a_line_of_code():
     texts = {"input": "{q}\nIn `code`, or ``?", "target": "{a}\\n"}
     text = make_card(train.Config(**texts))
-    (command,) = re.findall("``` (minia3 train .*) ```, on files", text)
+    (command,) = re.findall("``` (minia3 train .*) ```, finished", text)
     found = parse_flags(shlex.split(command)[2:])
     assert (found["input"], found["target"]) == ("{q}\\nIn `code`, or ``?", "{a}\\n")
 
