@@ -7,6 +7,8 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
+
 from minia3.files.messages import shorten
 from minia3.model.target_logprobs import MAX_LOGITS
 from minia3.training.flags import option
@@ -140,7 +142,8 @@ def out_of_memory_message(error, run):
         remedies.append(f"lower {' or '.join(flags)}")
     if len(smaller) < len(sizes):
         remedies.append("use a smaller model, a shorter --max-length or --recompute")
-    if run.is_offloaded:
+    is_device_full = isinstance(error, torch.OutOfMemoryError)  # and not the CPU
+    if run.is_offloaded and not is_device_full:
         remedies.append("free memory of the CPU, in which --offload keeps the base")
     message = f"out of memory: {', or '.join(remedies)}: {reason}"
     # The folder of a new run without results is removed.

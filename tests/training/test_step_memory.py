@@ -290,6 +290,9 @@ def test_a_base_on_the_cpu_may_be_what_takes_its_memory(tmp_path):
     error = RuntimeError("CUDA error: out of memory")
     message = memory_fit.out_of_memory_message(error, offloaded)
     assert "or free memory of the CPU, in which --offload keeps the base: CUDA error" in message
+    full_device = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    message = memory_fit.out_of_memory_message(full_device, offloaded)
+    assert "free memory of the CPU" not in message
 
 
 def test_a_run_that_ran_out_of_memory_continues_with_the_command_that_it_names(
