@@ -75,7 +75,7 @@ def announce_code(changes):
         return
     before = ", ".join(f"{name} {versions[0]}" for name, versions in changes.items())
     now = ", ".join(f"{name} {versions[1]}" for name, versions in changes.items())
-    print(f"note     so far: {before}; from now on: {now}; results may differ")
+    print(f"note     computed so far with {before}, and from now on with {now}: results may differ")
 
 
 def announce_extension(n_steps, config):

@@ -443,17 +443,18 @@ def test_a_run_says_if_it_is_continued_by_other_code_and_records_it(tmp_path, ca
         return now, capsys.readouterr().out
 
     _, shown = continue_with(2)
-    assert "so far: " not in shown
+    assert "so far with" not in shown
     assert "continued_with" not in read_run_config(out)
     other_torch = first["versions"] | {"torch": "9.9.9"}
     second, shown = continue_with(3, minia3="9.0", versions=other_torch)
     before = f"minia3 {first['minia3']}, torch {first['versions']['torch']}"
-    note = f"note     so far: {before}; from now on: minia3 9.0, torch 9.9.9; results may differ\n"
-    assert note in shown
+    now = "minia3 9.0, torch 9.9.9"
+    note = f"computed so far with {before}, and from now on with {now}: results may differ\n"
+    assert f"note     {note}" in shown
     _, shown = continue_with(4, minia3="9.0", versions=other_torch, git_commit=None)  # not known
-    assert "so far: " not in shown
+    assert "so far with" not in shown
     third, shown = continue_with(5, minia3="9.1", versions=other_torch)
-    assert "note     so far: minia3 9.0; from now on: minia3 9.1; results may differ\n" in shown
+    assert "computed so far with minia3 9.0, and from now on with minia3 9.1: results may" in shown
     recorded = read_run_config(out)
     assert recorded["continued_with"] == [second, third]
     assert recorded["minia3"] == first["minia3"]
