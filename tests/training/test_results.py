@@ -32,7 +32,6 @@ def test_the_last_line_is_the_result(tmp_path):
     )
     assert final["dtype"] == "float32"
     assert 0 <= final["accuracy"] <= 1
-    assert final["seconds"] >= 0  # test_log.py adds them up
     assert final["peak_memory_bytes"] > 10**7
 
 
