@@ -31,23 +31,23 @@ from minia3.model.quantized import QUANTIZED, QuantizedLinear, is_quantizable, q
 from minia3.model.site_names import SITES
 
 
-def merge_quantized(model, row):
-    """Return a new model with the vectors of `row` folded into its linears.
+def merge_quantized(model, vectors):
+    """Return a new model with `vectors` folded into its linears.
 
-    row: name -> (D,), see `row_of`. Quantized linears get other scales. Linears that the checkpoint
-    has left plain (bitsandbytes' llm_int8_skip_modules) get other weights. The new model has one
-    row of vectors: ones, but for each l_ff that cannot be folded. It shares the codes with `model`,
-    which stays as it is. Raise the errors of `merge`.
+    vectors: name -> (D,), see `copy_row`. Quantized linears get other scales. Linears that the
+    checkpoint has left plain (bitsandbytes' llm_int8_skip_modules) get other weights. The new model
+    has one row of vectors: ones, but for each l_ff that cannot be folded. It shares the codes with
+    `model`, which stays as it is. Raise the errors of `merge`.
 
     `merged.keeps_vectors`: whether it needs its row, because an l_ff was not folded.
     """
     merged = build_model(model.config)
-    left = dict(row)
+    left = dict(vectors)
     for name, linear in quantized_linears(model).items():
         place, _, kind = name.rpartition(".")
         scaling = []
         for vector_name in scaling_vectors(model.get_submodule(place), place, kind):
-            if vector_name in row:
+            if vector_name in vectors:
                 scaling.append(left.pop(vector_name))
         folded = fold_into_scales(name, linear, scaling, model.embed.weight.dtype)
         setattr(merged.get_submodule(place), kind, folded)
