@@ -73,7 +73,7 @@ def gap(a, b):
 # **query** (what am I looking for?), a **key** (what can I be found by?) and a **value** (what do
 # I hand over?). The *score* of a reader and a token is the dot product of query and key. A softmax
 # turns the scores of one reader into *attention weights* that sum to one, and the reader receives
-# the mean of the values with these weights.
+# the mean of the values, weighted by them.
 #
 # Our query matrix says: a colour looks for things, a thing looks for colours (both with strength
 # 3), and every token looks for its own fact (with strength 2). Keys and values are the vectors
@@ -157,7 +157,7 @@ assert gap(sums_L, torch.ones(4)) < 1e-6
 # by token. LLaMA has one part, which reads a prompt and continues it. Each part is a stack of
 # blocks. (A block is also called a layer.)
 #
-# A real attention has several *heads*. Queries, keys and values are cut into slices of width
+# Real attention has several *heads*. Queries, keys and values are cut into slices of width
 # K, each slice attends separately, and a fourth matrix $W_o$ mixes what the heads have read.
 #
 # minia3 has one class `Attention` for both architectures. It works in two calls: `kv` makes keys

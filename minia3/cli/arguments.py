@@ -127,8 +127,8 @@ def read_dtype(args):
 def load_model(args):
     """Load the model of `args` onto --device in --dtype.
 
-    Of several processes, the first one downloads it, and the adapter. It also moves into place
-    what a killed process had written of the adapter.
+    The first process downloads it, and the adapter, then one on each other machine. It also moves
+    into place what a killed process had written of the adapter.
     """
     from minia3.checkpoints.hub import find, find_adapter
     from minia3.checkpoints.load import load_model

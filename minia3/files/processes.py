@@ -129,7 +129,7 @@ def n_processes():
 
 
 def is_first():
-    """Return whether this process is the one that writes, prints and downloads."""
+    """Return whether this process is the one that writes and prints, and the first to download."""
     return _process.rank == 0
 
 

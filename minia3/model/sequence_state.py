@@ -47,7 +47,7 @@ class Context:
     adapter_B: torch.Tensor
     # Models pass NO_PACKING explicitly: torch.compile would break its graph at this default.
     packing: Packing | NoPacking = NO_PACKING
-    bias_BHLM: torch.Tensor | None = None  # added to the scores: masks (-inf), T5's positions
+    bias_BHLM: torch.Tensor | None = None  # added to the scores: masks (-inf), T5's biases
     is_causal: bool = False  # use PyTorch's causal mask, which is right only if L = M
     rotation: tuple | None = None  # LLaMA's positions: cos and sin (B or 1, 1, L, K)
     cross: "Context | None" = None  # the context of cross-attention, if there is any

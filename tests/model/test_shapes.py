@@ -55,7 +55,7 @@ SUFFIXED = re.compile(r"[a-z][a-z0-9_]*_([A-Z1]*[A-Z][A-Z1]*)")
 BROADCAST = {
     "adapter_B": "B",  # one row of vectors serves the whole batch
     "l_BD": "B",
-    # T5's positions are the same for all rows. Padding is the same for all heads, and that of the
+    # T5's biases are the same for all rows. Padding is the same for all heads, and that of the
     # memory is the same for all queries.
     "bias_BHLM": "BHL",
     "position_BM": "B",  # all rows are at the same position, if there is no padding
