@@ -150,13 +150,12 @@ def check_new_model(folder):
 
     transformers applies an adapter to a model in the same folder, also to a merged one.
     """
-    found = None
     if (folder / "adapter_config.json").exists():
-        found = "an adapter, which transformers would apply to a model in the same folder"
-    elif (folder / "config.json").exists() and is_run(folder):
-        found = "the folder of a run, whose config.json a model would replace"
-    if found is not None:
-        raise ValueError(f"{folder}: found {found}: give another folder")
+        refuse_to_save(
+            folder, "an adapter, which transformers would apply to a model in the same folder"
+        )
+    if (folder / "config.json").exists() and is_run(folder):
+        refuse_to_save(folder, "the folder of a run, whose config.json a model would replace")
 
 
 def check_new_adapter(folder):
@@ -164,13 +163,17 @@ def check_new_adapter(folder):
 
     transformers would do so, also if the model holds the adapter already.
     """
-    found = None
     if any((folder / name).exists() for name in WEIGHT_FILES):
-        found = "a model, to which transformers would apply an adapter in the same folder"
-    elif (folder / "config.json").exists() and is_run(folder):
-        found = "the folder of a run, whose config.json transformers would take for that of a model"
-    if found is not None:
-        raise ValueError(f"{folder}: found {found}: give another folder")
+        refuse_to_save(
+            folder, "a model, to which transformers would apply an adapter in the same folder"
+        )
+    if (folder / "config.json").exists() and is_run(folder):
+        reason = "whose config.json transformers would take for that of a model"
+        refuse_to_save(folder, f"the folder of a run, {reason}")
+
+
+def refuse_to_save(folder, found):
+    raise ValueError(f"{folder}: found {found}: give another folder")
 
 
 def warn_of_task_file(folder):
