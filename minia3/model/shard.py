@@ -5,8 +5,8 @@ again. So a process holds its rows, and up to two whole blocks: the one that run
 while it is gathered (docs/scale.md). Zhao et al. 2023, arXiv 2304.11277.
 
 In the backward pass, FSDP2 gathers a block's weights when a gradient reaches what the block has
-returned. So the last block that reads a prompt, of which only keys and values are needed, must
-return these (`kv_only` in blocks.py).
+returned. Of the last block that reads a prompt, only the keys and values are used. So it returns
+them (`kv_only` in blocks.py).
 
     a block                     is gathered when it runs, forward or backward
     cross-attention's k and v   are gathered together, when the keys and values of the encoder's

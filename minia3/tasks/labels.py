@@ -242,10 +242,10 @@ def name_integers(
 def find_names(
     found: Sequence[int], field: str, asked: Sequence[str], names: Sequence[str]
 ) -> Labels:
-    """Return the labels of a column of integers with names, of which words of --labels are some.
+    """Return the labels of a column whose integers have names, if --labels gives some of the names.
 
-    Such a word stands for its integer, wherever the flag has it. Raise ValueError if it is unclear
-    what another word stands for, or if an integer of the column has no word.
+    A name stands for its integer, wherever it is in the flag. Raise ValueError if it is unclear
+    what a word that is no name stands for, or if an integer of the column has no word.
     """
     number_of_key = {label_key(name): number for number, name in enumerate(names)}
     word_of_number = {}
@@ -253,7 +253,7 @@ def find_names(
         word_of_number[number_of_key.get(label_key(word), place)] = word
     in_order = dict(enumerate(asked))
     are_names = all(label_key(word) in number_of_key for word in asked)
-    # Another word takes the place of a name, if all the others stand at theirs.
+    # A word that is no name stands for the integer of its place, if all names are at their places.
     if not are_names and (word_of_number != in_order or len(asked) != len(names)):
         raise ValueError(
             f"--labels has names of the integers in {field!r}, and other words: give only such "
