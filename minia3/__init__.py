@@ -23,6 +23,7 @@ _MODULES = {  # public name: its module
     "load_task": "minia3.tasks.splits",
     "vectors": "minia3.model.ia3",
     "freeze": "minia3.model.ia3",
+    "move_to_huge_pages": "minia3.model.huge_pages",
     "load_adapter": "minia3.adapters.rows",
     "save_adapter": "minia3.adapters.rows",
     "Adapters": "minia3.adapters.named_rows",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from minia3.inference.scoring import choice_logprobs as choice_logprobs
     from minia3.inference.scoring import logprobs as logprobs
     from minia3.inference.scoring import rank as rank
+    from minia3.model.huge_pages import move_to_huge_pages as move_to_huge_pages
     from minia3.model.ia3 import freeze as freeze
     from minia3.model.ia3 import vectors as vectors
     from minia3.tasks.splits import load_task as load_task

@@ -141,8 +141,11 @@ def run(args):
         raise ValueError("--chat-template is the form of a conversation: give --chat, too")
     Options(**options_of(args)).check()  # before torch is imported
     from minia3.checkpoints.tokenizer import load_tokenizer
+    from minia3.model.huge_pages import move_to_huge_pages
 
     model = load_model(args)
+    if has_memory_for_copies(model):
+        move_to_huge_pages(model)
     tokenizer = load_tokenizer(args.model)
     if args.adapter:
         load_any_adapter(model, args.adapter)
@@ -159,6 +162,18 @@ def run(args):
     else:
         lines = () if sys.stdin is None else sys.stdin.buffer  # it is None if it is closed
         generator.answer_all(prompts_of(lines))
+
+
+def has_memory_for_copies(model):
+    """Return whether copies of the weights would take less than half of the free memory.
+
+    The system can drop the pages of a mapped file when memory gets scarce, but not the copies.
+    """
+    from minia3.training.device import free_memory_of_system
+
+    n_free = free_memory_of_system()
+    n_bytes = sum(weight.nbytes for weight in model.parameters())
+    return n_free is not None and 2 * n_bytes < n_free
 
 
 def options_of(args):

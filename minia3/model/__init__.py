@@ -7,7 +7,7 @@ padding, `packing` returns what it is given, recompute(f, x) returns f(x), and `
 what nn.Linear does.
 
     save memory or time                linear, packing, recompute, target_logprobs, single_row,
-                                       static_state, to_device, processor
+                                       huge_pages, static_state, to_device, processor
     keep a base in less memory         quantized, shard
     choose and add vectors             more_vectors, site_names
     check that a row kept its adapter  adapter_rows

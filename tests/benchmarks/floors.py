@@ -13,7 +13,9 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from minia3.model.huge_pages import move_to_huge_pages
 from tests.benchmarks.measure import run_program, seconds
 
 N_ROUNDS = 5
@@ -22,13 +24,14 @@ PIECE = 1 << 20  # bytes that are read or written at once
 
 
 def memory_read_bytes_per_second(n_bytes=BEYOND_CACHE, n_rounds=N_ROUNDS):
-    """Return how fast torch's threads read memory that is in no cache.
+    """Return how fast torch's threads read memory that is in no cache, in huge pages if it can be.
 
     At batch 1, decoding reads every weight once per token, and cannot be faster than this.
     """
-    x = torch.ones(n_bytes // 4)
-    x.sum()
-    return x.nbytes / best_seconds(x.sum, n_rounds)
+    weight = nn.Parameter(torch.ones(n_bytes // 4), requires_grad=False)
+    move_to_huge_pages(nn.ParameterList([weight]))
+    weight.sum()
+    return weight.nbytes / best_seconds(weight.sum, n_rounds)
 
 
 def file_write_seconds(n_bytes, folder, n_rounds=N_ROUNDS, is_synced=False):
@@ -103,7 +106,6 @@ def main(argv=None):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--threads", type=int, help="threads of torch (default: torch chooses)")
     parser.add_argument(
         "--file-bytes", type=int, default=446_000_000, help="of the file (default: t5-base's)"

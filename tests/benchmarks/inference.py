@@ -76,11 +76,13 @@ class Ids:
 def generation(bench, pair):
     """Compare greedy generation, also with the products, the attention and the norms of ours alone.
 
-    No token ends a text, so both sides write as many. The floor is what the products with weights
-    must take: at batch 1, reading every weight once per token.
+    No token ends a text, so both sides write as many. Our weights are in huge pages, as `minia3
+    generate` has them. The floor is what the products with weights must take: at batch 1, reading
+    every weight once per token.
     """
     n_new = 4 if bench.quick else 32
     ours = pair.ours()
+    minia3.move_to_huge_pages(ours)
     ours.config = dataclasses.replace(ours.config, eos_ids=())
     theirs = pair.theirs().eval()
     tokenizer = Ids()

@@ -25,6 +25,8 @@ from minia3.cli.generate import options_of
 from minia3.cli.main import main, parse
 from minia3.files.program import CtrlC
 from minia3.inference import decoding
+from minia3.model import huge_pages
+from minia3.training import device
 
 PROMPTS = ["w3 w4 w5", "w6", "w7 w8 w9 w10"]
 
@@ -42,6 +44,20 @@ def as_lines(texts):
 
 
 # Prompts of the command line
+
+
+@pytest.mark.parametrize(("n_copies", "is_moved"), [(None, False), (2, False), (3, True)])
+def test_weights_move_if_half_of_the_free_memory_is_more_than_they_take(
+    n_copies, is_moved, capsys, monkeypatch
+):
+    moved = []
+    model = minia3.load_model(running.model("t5"))
+    n_bytes = sum(weight.nbytes for weight in model.parameters())
+    n_free = n_copies and n_copies * n_bytes
+    monkeypatch.setattr(device, "free_memory_of_system", lambda: n_free)
+    monkeypatch.setattr(huge_pages, "move_to_huge_pages", moved.append)
+    assert output(capsys, "generate", running.model("t5"), *PROMPTS) == as_lines(expected())
+    assert len(moved) == is_moved
 
 
 @pytest.mark.parametrize(
