@@ -111,7 +111,6 @@ def main(argv=None):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--quick", action="store_true", help="a tiny model, two steps, one round")
     parser.add_argument(
         "--models", type=some_of(KNOWN_MODELS), default="t5-small", help="(default: %(default)s)"

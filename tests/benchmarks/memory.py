@@ -164,7 +164,6 @@ def main(argv=None):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--largest", type=float, metavar="GB", help="find the largest model that trains in this"
     )

@@ -44,7 +44,6 @@ def main(argv):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("files", nargs="*", type=Path, help="default: those that are published")
     parser.add_argument("--write", action="store_true", help="write the documents, print nothing")
     args = parser.parse_args(argv)
