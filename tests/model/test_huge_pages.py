@@ -100,6 +100,17 @@ def test_only_a_model_on_the_cpu_is_moved(settings):
     assert mixed[0].data_ptr() == place
 
 
+class Divided(torch.Tensor):
+    """Stands in for the weight of a model that is divided among processes (a DTensor)."""
+
+
+def test_a_divided_model_is_not_moved(settings):
+    weight = nn.Parameter(torch.ones(2).as_subclass(Divided))
+    place = weight.data_ptr()
+    assert not move_to_huge_pages(nn.ParameterList([weight]))
+    assert weight.data_ptr() == place
+
+
 @pytest.mark.parametrize("name", ["enabled", "hpage_pmd_size"])
 def test_without_settings_nothing_is_moved(name, settings):
     assert huge_page_bytes() == PAGE
