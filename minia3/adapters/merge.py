@@ -155,4 +155,4 @@ def check_written(out, folder, tensors):
     for name, _, make in progress(tensors, total=len(tensors)):
         found = written[name].read()
         if not torch.equal(found.view(torch.uint8), make().view(torch.uint8)):
-            raise ValueError(f"{out}: {name} was read back with other bits than were written")
+            raise ValueError(f"{out}: {name} was read back with different bits from those written")

@@ -8,7 +8,7 @@ A model that was tuned to chat has seen conversations in one exact form, for exa
 
 The form is a template in the language of jinja2. Everything here follows transformers'
 apply_chat_template (transformers/utils/chat_template_utils.py), because templates are written for
-it. A template is a program that strangers wrote, so it runs in a process of its own within limits
+it. A template is a program that strangers wrote, so it runs in a separate process, within limits
 of time and memory (template_worker.py).
 """
 

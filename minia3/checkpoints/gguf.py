@@ -358,7 +358,7 @@ class HeaderReader:
         for _ in range(n_keys):
             key = self.string()
             if key in metadata:
-                raise ValueError(f"the key {key!r:.80} is there twice")
+                raise ValueError(f"the key {key!r:.80} appears twice")
             metadata[key] = self.value()
         return metadata
 
@@ -391,7 +391,7 @@ def read_header(path):
         stored = {}
         for info in infos:
             if info.name in stored:
-                raise ValueError(f"the tensor {info.name} is there twice")
+                raise ValueError(f"the tensor {info.name} appears twice")
             stored[info.name] = unread_tensor(path, info, start)
     return metadata, stored
 

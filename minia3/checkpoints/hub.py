@@ -321,7 +321,7 @@ class Transfer:
             thread.join(1.0)
             if self.is_watched and time.monotonic() - self.reported > LONGEST_WAIT:
                 raise TimeoutError(
-                    f"the server sends too slowly: less than 10 MB in {LONGEST_WAIT} seconds. If "
+                    f"the server is too slow: less than 10 MB in {LONGEST_WAIT} seconds. If "
                     "another process is downloading this file, try again when it is done"
                 )
         if self.error is not None:

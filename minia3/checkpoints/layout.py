@@ -185,8 +185,8 @@ def warn_of_task_file(folder):
     path = Path(folder, "task.json")
     if path.exists():
         warnings.warn(
-            f"{path} stays, and rows are put into words as it says: remove it if it is of another "
-            "task",
+            f"{path} was left as it is, and `predict` will put rows into words as it says: remove "
+            "it if it belongs to another task",
             stacklevel=3,
         )
 

@@ -223,7 +223,7 @@ def check_ties(pieces):
         is_run = len(set("".join(tied))) == 1
         if len(tied) > 1 and not is_run:
             first, second = sorted(tied)[:2]
-            problem = f"the pieces {first!r:.40} and {second!r:.40} overlap and have one score"
+            problem = f"the pieces {first!r:.40} and {second!r:.40} overlap and have the same score"
             raise ValueError(f"{problem}: not supported, use the model's tokenizer.json")
 
 

@@ -1,4 +1,4 @@
-"""Render chat templates in a process of its own, within limits that a template cannot get around.
+"""Render chat templates in a separate process, within limits that a template cannot get around.
 
 A chat template is a program that strangers wrote. jinja2's sandbox keeps it from files and from the
 interpreter, but not from running forever or from filling the memory: `{{ 'a' * 10**10 }}`. No check

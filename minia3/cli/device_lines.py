@@ -24,7 +24,7 @@ PART_TITLES = {
 }
 
 NOTE = (
-    "Per device. {dtypes} but for the vectors. A tenth of the memory must stay free: for PyTorch "
+    "Figures are per device, {dtypes}. A tenth of the memory must stay free: for PyTorch "
     "itself, and for the gaps that the allocator leaves."
 )
 NOTE_WIDTH = 100
@@ -79,9 +79,9 @@ def device_lines(name, model_config, devices, batch, length):
         yield "command", shlex.join(map(str, command(name, devices, n_shards) + sizes))
     else:
         yield "instead", advice(model_config, devices, shape)
-    dtypes = "In bfloat16"
+    dtypes = "in bfloat16 except for the vectors"
     if devices.quantize:
-        dtypes = f"Blocks in {devices.quantize}, the rest in bfloat16"
+        dtypes = f"with blocks in {devices.quantize}, vectors in float32, the rest in bfloat16"
     for line in textwrap.wrap(NOTE.format(dtypes=dtypes), NOTE_WIDTH):
         yield "", line
 

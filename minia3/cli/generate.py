@@ -144,7 +144,7 @@ def run(args):
     from minia3.model.huge_pages import move_to_huge_pages
 
     model = load_model(args)
-    if has_memory_for_copies(model):
+    if gains_from_huge_pages(model):
         move_to_huge_pages(model)
     tokenizer = load_tokenizer(args.model)
     if args.adapter:
@@ -164,16 +164,18 @@ def run(args):
         generator.answer_all(prompts_of(lines))
 
 
-def has_memory_for_copies(model):
-    """Return whether copies of the weights would take less than half of the free memory.
+def gains_from_huge_pages(model):
+    """Return whether to copy the weights: they are bfloat16, and fit into half of the free memory.
 
-    The system can drop the pages of a mapped file when memory gets scarce, but not the copies.
+    In float32, products are hardly faster.
     """
+    from torch import bfloat16
+
     from minia3.training.device import free_memory_of_system
 
     n_free = free_memory_of_system()
     n_bytes = sum(weight.nbytes for weight in model.parameters())
-    return n_free is not None and 2 * n_bytes < n_free
+    return model.embed.weight.dtype == bfloat16 and n_free is not None and 2 * n_bytes < n_free
 
 
 def options_of(args):

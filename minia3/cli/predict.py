@@ -317,7 +317,7 @@ def choose_task(args, tasks):
     is_single = not is_folder_of_adapters(args.adapter)  # others may have learned something else
     if is_single and not args.labels and lacks_labels(spec, tasks):
         raise ValueError(
-            f"--task is {args.task}, which leaves its labels to the file of train, and "
+            f"--task is {args.task}, which takes its labels from its file of train, and "
             f"{args.adapter or args.model} has learned to pick among labels: leave out --task, or "
             "give --labels"
         )

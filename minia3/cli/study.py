@@ -1,4 +1,4 @@
-"""`study`: make the runs that a file describes, alone or with other workers.
+"""`study`: carry out the runs that a file describes, alone or with other workers.
 
 A worker is a process that makes runs one after the other. Workers need no common scheduler, and
 know nothing of each other: the lock of a run's folder keeps a second worker out of it, and what
@@ -58,8 +58,8 @@ def add_arguments(parser):
         type=read_share,
         const=(1, 1),
         metavar="i/n",
-        help="make the runs: the i-th of n shares, or all. Skip runs that are finished, or that "
-        "another worker is making",
+        help="carry out the runs: the i-th of n shares, or all. Skip runs that are finished, or "
+        "that another worker is working on",
     )
     actions.add_argument(
         "--submit",
@@ -195,7 +195,7 @@ def make_run(study_run):
                 )
             return outcome
         except FolderLocked:
-            show("another worker makes this run")
+            show("another worker is working on this run")
             return LEFT
         except Stopped as stop:
             # The run has said how to continue it alone.

@@ -95,7 +95,9 @@ def submit(target, words, folder, n_workers, hours):
     """
     path = folder.absolute()
     if "%" in str(path):
-        raise ValueError(f"{path}: found a %, which stands for numbers of jobs: choose another out")
+        raise ValueError(
+            f"{path}: found a %, which SLURM replaces with numbers of jobs: choose another --out"
+        )
     try:
         import submitit
     except ImportError:

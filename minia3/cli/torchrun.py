@@ -74,7 +74,8 @@ def run(args):
         ) from None
     except RendezvousError as error:
         reason = one_line(error.__cause__ or error)
-        raise OSError(f"torchrun: the machines of this run cannot meet: {reason}") from None
+        message = "torchrun: the machines of this run cannot reach each other"
+        raise OSError(f"{message}: {reason}") from None
     return 0
 
 
@@ -84,7 +85,9 @@ def describe_end(rank, number):
     The other processes only know that it is gone, or that torchrun has told them to stop.
     """
     text = f"process {rank} was ended by signal {number} ({signal.strsignal(number)})"
-    return f"{text}, as the system does if memory runs out" if number == signal.SIGKILL else text
+    if number == signal.SIGKILL:
+        text += ", which the system sends if memory runs out"
+    return text
 
 
 def check_script(options):

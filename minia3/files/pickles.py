@@ -133,7 +133,7 @@ def check_records(records):
     """Raise ValueError if a record is compressed, or if two have one name or share bytes."""
     names = {record.filename for record in records}
     if len(names) < len(records):
-        raise ValueError("found two records of one name")
+        raise ValueError("found two records with the same name")
     end = 0  # of the record before
     for record in sorted(records, key=lambda record: record.header_offset):
         if record.compress_type != zipfile.ZIP_STORED:

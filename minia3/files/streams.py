@@ -1,7 +1,7 @@
-"""Standard output and standard error: UTF-8 whatever the locale is, and no reason for a run to end.
+"""Standard output and standard error: always UTF-8, and a run survives their loss.
 
-A training may be piped into `head`, or lose its terminal (`nohup`). What it prints is then lost,
-and the training goes on: metrics.jsonl has the same figures.
+A training run may be piped into `head`, or lose its terminal (`nohup`). What it prints is then
+lost, and the training goes on: metrics.jsonl has the same figures.
 """
 
 import os

@@ -51,7 +51,8 @@ def find_or_download(spec: TaskSpec, folder: Path) -> dict[str, Path]:
     if not needed <= files.keys():
         found = ", ".join(sorted(files)) or "nothing"
         raise ValueError(
-            f"{folder}: downloaded files were removed, only {found} is left: run this again"
+            f"{folder}: some downloaded files were removed, and only these are left: {found}: run "
+            "this again"
         )
     return files
 
@@ -179,7 +180,7 @@ def check_rate(n_bytes, seconds):
     """Raise ValueError if a transfer is too slow: a byte now and then could hold it for days."""
     if seconds > GRACE and n_bytes < LEAST_RATE * seconds:
         found = f"{n_bytes:,} bytes in {seconds:.0f} seconds"
-        raise ValueError(f"the server sends too slowly: {found}, expected {LEAST_RATE:,} a second")
+        raise ValueError(f"the server is too slow: {found}, expected {LEAST_RATE:,} a second")
 
 
 def unzip(source: Source, content: bytes) -> dict[str, bytes]:

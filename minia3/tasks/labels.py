@@ -359,8 +359,8 @@ def check_asked_words(words: Sequence[str], field: str, asked: Sequence[str]):
     if found and not any(fold_case(word) in asked_keys for word in found):
         raise ValueError(
             f"{field!r} has the labels {list_names(found, N_SHOWN):.200}, and --labels names none "
-            "of them: if its words stand for these, say in a task file which for which, with "
-            "'labels', 'choices' and 'prompts'"
+            "of them: if its words stand for these labels, say in a task file which word stands "
+            "for which, with 'labels', 'choices' and 'prompts'"
         )
 
 

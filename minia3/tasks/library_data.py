@@ -1,7 +1,7 @@
 """Data sets of the `datasets` library: from the hub, or from a folder that `save_to_disk` wrote.
 
 Both are .arrow files on this machine, which `row_files` reads as it reads every other file. No code
-of a data set is ever run: the extra [data] asks for a `datasets` that cannot do it.
+of a data set is ever run: the extra [data] asks for a `datasets` that cannot run code.
 """
 
 import logging

@@ -105,7 +105,7 @@ def announce_processes(n_before, config):
     if n_before != n_now:
         print(
             f"note     processes so far: {n_before}, from now on: {n_now}; results differ by "
-            "rounding, and dropout is drawn in another way"
+            "rounding, and dropout is drawn differently"
         )
 
 
@@ -147,7 +147,7 @@ def announce_model(group):
 def describe_shards(shards):
     """Return a line about where the weights of the blocks are."""
     n = shards.mesh.size()
-    line = f"shard    {n} processes hold the base together"
+    line = f"shard    {n} processes share one copy of the base"
     if n == 1:
         line = "shard    one process holds the base"
     if shards.offload:

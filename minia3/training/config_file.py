@@ -1,4 +1,6 @@
-"""Flags as a file or Python has them. For --config, the file is a run's config.json, or TOML:
+"""Flags that come from a file or from Python.
+
+For --config, the file is a run's config.json, or TOML:
 
 model = "t5-base"
 task = ["rte", "cb"]

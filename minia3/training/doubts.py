@@ -36,7 +36,7 @@ def doubts_about_rows(assignment, config):
         doubts += find_doubts(assignment.report_rows, assignment.eval_prompts[0], "to report on")
     if not assignment.report_rows:
         doubts.append(
-            "nothing is evaluated on held-out rows: how good the adapter is stays unknown"
+            "nothing is evaluated on held-out rows: the quality of the adapter is unknown"
         )
     if config.is_training:
         doubts += doubts_about_known(assignment, assignment.train_rows, "trained on")

@@ -31,7 +31,7 @@ def extend(saved, config, n_steps):
     has done more steps already, or if it lacks the state to continue from.
     """
     if not config.is_training:
-        raise ValueError("--steps extends a training, and this run trains nothing")
+        raise ValueError("--steps extends training, and this run trains nothing")
     place = place_of(saved, config)
     check_state(saved, config, place, n_steps)
     if config.steps <= n_steps:
@@ -72,9 +72,9 @@ def check_state(saved, config, place, n_steps):
     """Raise ValueError if a state is missing."""
     folder = Path(config.resume)
     missing = [i for i in range(place) if not state_path(folder, i).exists()]
-    advice = "begin a new run with --adapter, which takes an adapter of this one"
+    advice = "begin a new run with this run's adapter (--adapter)"
     if config.method == "full":
-        advice = "begin a new run with --model, which takes a model of this one"
+        advice = "begin a new run with this run's model (--model)"
     has_state = saved.group is not None or not saved.is_finished
     if not missing and (n_steps is None or not has_state):
         raise ValueError(f"{folder} keeps no state to continue from: {advice}")

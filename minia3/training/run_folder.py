@@ -356,9 +356,10 @@ def check_same_files(checksums, weights, config):
         if found_weights != first_weights:
             names.append(f"the weights of {config.model}")
         if names:
+            listed = f"{', '.join(names):.200}"
             raise ValueError(
-                f"process {number} has other files than the first one ({', '.join(names):.200}): "
-                "copy the files of one machine to the others"
+                f"process {number} has different files from the first one ({listed}): copy the "
+                "files of one machine to the others"
             )
 
 

@@ -1,8 +1,8 @@
 """Before a run trains: does a step fit into the memory that is free, and if not, what does?
 
 The step is planned on fake tensors (memory_plan.py), with the longest source and the longest
-choices of the run, and with two layers and three layers of each stack: every further layer takes as
-much as the third one. This takes half a second whatever the size of the model.
+choices of the run, once with two layers in each stack and once with three: each further layer takes
+as much as the third one. This takes half a second whatever the size of the model.
 
 Shapes: B examples, M source length, C choices, L tokens of a choice.
 """

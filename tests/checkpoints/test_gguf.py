@@ -599,7 +599,7 @@ def test_a_tensor_whose_rows_are_not_heads_times_width_is_named(tmp_path, name):
         (b"GGUF" + struct.pack("<IQQQcI", 3, 0, 1, 1, b"\xff", 0), "utf-8"),
         (
             b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + 2 * struct.pack("<QcIB", 1, b"k", 0, 7),
-            "the key 'k' is there twice",
+            "the key 'k' appears twice",
         ),
         (b"GGUF" + struct.pack("<IQQQcI", 3, 1, 0, 1, b"t", 2**31), str(2**31)),  # dimensions
         (

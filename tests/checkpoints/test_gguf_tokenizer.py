@@ -201,7 +201,7 @@ def test_equal_scores_are_refused_also_if_a_piece_stands_for_unknown_characters(
         ([("ab", -2.0, 1)], "the piece 'ab' has the character 'b', which is not a piece"),
         (
             [("b", -9.0, 1), ("ab", -2.0, 1), ("ba", -2.0, 1)],
-            "the pieces 'ab' and 'ba' overlap and have one score",
+            "the pieces 'ab' and 'ba' overlap and have the same score",
         ),
     ],
 )

@@ -425,7 +425,7 @@ def test_a_server_that_sends_a_byte_now_and_then_is_given_up_with_the_reason(hub
     endpoint = f"http://127.0.0.1:{hub.server_port}"
     (message,) = ask(tmp_path, endpoint, [("load", "org/slow")], longest_wait=1.5)
     assert message.startswith("ValueError: org/slow: ")
-    assert "the server sends too slowly: less than 10 MB in 1.5 seconds" in message
+    assert "the server is too slow: less than 10 MB in 1.5 seconds" in message
     assert "If another process is downloading this file, try again when it is done" in message
 
 

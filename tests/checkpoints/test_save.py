@@ -178,7 +178,7 @@ def test_a_task_file_that_stays_is_a_warning(loaded, tmp_path):
         save(model, tmp_path / name)
         task_file = tmp_path / name / "task.json"
         task_file.write_text("{}")
-        with pytest.warns(UserWarning, match=f"{name}/task.json stays, and rows are put into"):
+        with pytest.warns(UserWarning, match=f"{name}/task.json was left as it is"):
             save(model, tmp_path / name)
         assert task_file.read_text() == "{}"
 

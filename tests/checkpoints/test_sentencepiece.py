@@ -249,7 +249,7 @@ def test_options_in_two_messages_are_those_of_both(tmp_path):
         ([("ab", -2.0, 1)], "the piece 'ab' has the character 'b', which is not a piece"),
         (
             [("b", -9.0, 1), ("ab", -2.0, 1), ("ba", -2.0, 1)],
-            "the pieces 'ab' and 'ba' overlap and have one score",
+            "the pieces 'ab' and 'ba' overlap and have the same score",
         ),
         ([("<u>", 0.0, 4)], "user-defined pieces in a BPE that changes spaces at the edges"),
         ([("▁▁", 0.0, 4)], "the user-defined piece '▁▁' has spaces, or changes"),

@@ -46,17 +46,24 @@ def as_lines(texts):
 # Prompts of the command line
 
 
-@pytest.mark.parametrize(("n_copies", "is_moved"), [(None, False), (2, False), (3, True)])
-def test_weights_move_if_half_of_the_free_memory_is_more_than_they_take(
-    n_copies, is_moved, capsys, monkeypatch
+@pytest.mark.parametrize(
+    ("dtype", "n_copies", "is_moved"),
+    [
+        ("bfloat16", None, False),
+        ("bfloat16", 2, False),
+        ("bfloat16", 3, True),
+        ("float32", 3, False),
+    ],
+)
+def test_bfloat16_moves_into_huge_pages_if_half_of_the_free_memory_is_enough(
+    dtype, n_copies, is_moved, capsys, monkeypatch
 ):
-    moved = []
-    model = minia3.load_model(running.model("t5"))
+    model = minia3.load_model(running.model("t5"), dtype=getattr(torch, dtype))
     n_bytes = sum(weight.nbytes for weight in model.parameters())
-    n_free = n_copies and n_copies * n_bytes
-    monkeypatch.setattr(device, "free_memory_of_system", lambda: n_free)
+    monkeypatch.setattr(device, "free_memory_of_system", lambda: n_copies and n_copies * n_bytes)
+    moved = []
     monkeypatch.setattr(huge_pages, "move_to_huge_pages", moved.append)
-    assert output(capsys, "generate", running.model("t5"), *PROMPTS) == as_lines(expected())
+    assert output(capsys, "generate", running.model("t5"), "--dtype", dtype, "w3")
     assert len(moved) == is_moved
 
 

@@ -402,10 +402,10 @@ def test_what_does_not_fit_comes_with_advice(arguments, expected, no_activations
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ((), "Per device. In bfloat16 but for the vectors. A tenth"),
+        ((), "Figures are per device, in bfloat16 except for the vectors. A tenth"),
         (
             ("--quantize", "int8"),
-            "Blocks in int8, the rest in bfloat16 but for the vectors. A tenth",
+            "per device, with blocks in int8, vectors in float32, the rest in bfloat16. A tenth",
         ),
     ],
 )

@@ -444,7 +444,7 @@ def test_a_task_file_that_leaves_its_labels_to_train_does_not_make_an_adapter_wr
     (expected,) = predicted(capsys, *flags)
     assert expected["choice"] in LABELS
     error = failure(capsys, "predict", model("t5"), *flags, "--task", file)
-    assert f"--task is {file}, which leaves its labels to the file of train, and " in error
+    assert f"--task is {file}, which takes its labels from its file of train, and " in error
     assert "has learned to pick among labels: leave out --task, or give --labels" in error
     labels = ["--task", file, "--labels", ",".join(LABELS)]
     assert predicted(capsys, *flags, *labels)[0]["choice"] == expected["choice"]

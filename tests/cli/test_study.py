@@ -209,7 +209,7 @@ def test_a_run_that_another_worker_makes_is_passed_over(tmp_path, capsys):
     with lock_folder(first.folder):
         printed = output(capsys, "study", path, "--run")
     assert printed.endswith("\n1 left to another worker, 3 finished now\n")
-    assert "another worker makes this run" in printed
+    assert "another worker is working on this run" in printed
     assert "1 finished now, 3 finished before" in output(capsys, "study", path, "--run")
 
 
@@ -251,7 +251,7 @@ def test_a_run_whose_worker_is_killed_while_others_work_is_made_by_one_of_them(
 
     monkeypatch.setattr(start, "run_config", run_config_and_kill_the_other)
     printed = output(capsys, "study", path, "--only", "seed0-*", "--run")
-    assert "another worker makes this run" in printed
+    assert "another worker is working on this run" in printed
     assert printed.endswith("\n2 finished now\n")
 
 
@@ -271,7 +271,7 @@ def test_a_run_that_another_worker_has_begun_and_left_since_we_looked_is_continu
     monkeypatch.setattr(start, "run_config", run_config_but_late)
     printed = output(capsys, "study", path, "--run", "1/4")
     assert printed.endswith("\n1 finished now\n")
-    assert "another worker makes this run" not in printed
+    assert "another worker is working on this run" not in printed
 
 
 def test_a_worker_does_not_read_the_state_of_a_finished_run(tmp_path, capsys, monkeypatch):

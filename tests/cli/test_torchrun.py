@@ -175,7 +175,7 @@ def test_machines_that_do_not_meet_are_one_line(monkeypatch, capsys):
 
     monkeypatch.setattr("torch.distributed.run.run", run)
     assert main(["torchrun", "-m", "minia3"]) == 1
-    expected = "minia3: torchrun: the machines of this run cannot meet: timed out\n"
+    expected = "minia3: torchrun: the machines of this run cannot reach each other: timed out\n"
     assert capsys.readouterr().err == expected
 
 
@@ -199,7 +199,7 @@ def test_what_torchrun_starts_decides_about_the_exit_code(tmp_path):
 @pytest.mark.parametrize(
     ("number", "text"),
     [
-        (signal.SIGKILL, "signal 9 (Killed), as the system does if memory runs out"),
+        (signal.SIGKILL, "signal 9 (Killed), which the system sends if memory runs out"),
         (signal.SIGSEGV, "signal 11 (Segmentation fault)"),
     ],
 )

@@ -96,7 +96,7 @@ def test_an_archive_that_was_only_written_again_is_read(tmp_path):
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_two_records_of_one_name_are_refused(tmp_path):
     twice = rewritten(lambda name, content: stored(name, content) * 2)
-    assert "found two records of one name" in refusal_of(tmp_path, twice)
+    assert "found two records with the same name" in refusal_of(tmp_path, twice)
 
 
 def test_records_that_share_bytes_are_refused(tmp_path):

@@ -99,6 +99,6 @@ def test_machines_with_different_files_are_refused(differs, tmp_path):
     outcomes = on_ranks(2, run_in_own_folder, tmp_path, words)
     assert [code for code, _ in outcomes] == [2, 2]
     assert "".join(err for _, err in outcomes) == (
-        f"train.py: process 1 has other files than the first one ({names}): "
+        f"train.py: process 1 has different files from the first one ({names}): "
         "copy the files of one machine to the others\n"
     )

@@ -32,7 +32,7 @@ def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     code, out, err = several.call(2, *words(folder))
     assert (code, err) == (0, "")
-    assert "shard    2 processes hold the base together" in out
+    assert "shard    2 processes share one copy of the base" in out
     return folder
 
 
@@ -78,7 +78,7 @@ def test_a_process_that_dies_ends_the_run_and_resume_gives_the_same_bits(uninter
     command = f"torchrun --nproc-per-node 2 train.py --resume {running.quoted(folder)}"
     assert f"to continue: {command}" in err
     out = run_on_ranks(2, ["--resume", folder])
-    assert "shard    2 processes hold the base together" in out
+    assert "shard    2 processes share one copy of the base" in out
     assert running.outcome(folder) == running.outcome(uninterrupted)
 
 
@@ -93,7 +93,7 @@ def test_another_number_of_processes_may_divide_the_base_in_another_way(exact, t
     folder = tmp_path / "run"
     stopped_run(4, folder, shard=4)
     out = run_on_ranks(2, ["--resume", folder, "--shard", "2", "--offload"])
-    assert "shard    2 processes hold the base together, in the memory of the CPU" in out
+    assert "shard    2 processes share one copy of the base, in the memory of the CPU" in out
     config = json.loads((folder / "config.json").read_text())
     assert (config["shard"], config["offload"]) == (2, True)
     check_exact(folder, exact)
