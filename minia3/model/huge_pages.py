@@ -19,11 +19,14 @@ SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 ALIGNMENT = 64  # bytes, as PyTorch aligns its own tensors
 
 
+# A tensor that is made in torch.inference_mode can never be changed or trained outside of it.
+@torch.inference_mode(False)
 def move_to_huge_pages(model):
     """Copy the parameters of a model on the CPU into huge pages. Return whether this was done.
 
-    It is not done if a parameter is on another device or divided among processes, or if the system
-    has no huge pages for processes that ask (it is not Linux, or they are switched off).
+    It is not done if a parameter is on another device or divided among processes, if the system has
+    no huge pages for processes that ask (it is not Linux, or they are switched off), or if it does
+    not grant the memory (`ulimit -v`).
 
     The parameters stay the same objects. No other thread may use the model meanwhile. The system
     can drop the pages of a mapped file when memory gets scarce, but not the copies.
@@ -33,8 +36,11 @@ def move_to_huge_pages(model):
     if page is None or not all(map(is_plain, weights)):
         return False
     n_bytes = sum(padded_bytes(weight) for weight in weights)
-    memory = mmap.mmap(-1, n_bytes + page, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    try:
+        memory = mmap.mmap(-1, n_bytes + page, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:
+        return False
     address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
     offset = -address % page  # of the first huge page
     for weight in weights:

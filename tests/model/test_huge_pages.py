@@ -1,9 +1,11 @@
 """Weights in huge pages are the same weights, and the same parameters."""
 
 import copy
+import errno
 import mmap
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import running
@@ -72,7 +74,8 @@ def test_no_two_weights_overlap_and_the_first_one_begins_a_page(settings):
 
 def test_a_moved_model_can_be_trained_copied_and_saved(settings, tmp_path):
     model = minia3.load_model(running.model("t5"))
-    assert move_to_huge_pages(model)
+    with torch.inference_mode():
+        assert move_to_huge_pages(model)
     minia3.save_model(copy.deepcopy(model), tmp_path / "saved")
     saved = minia3.load_model(tmp_path / "saved")
     for key, weight in model.named_parameters():
@@ -126,6 +129,14 @@ def test_if_they_are_switched_off_or_unknown_nothing_is_moved(settings, monkeypa
     assert move_to_huge_pages(module)
     monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
     assert not move_to_huge_pages(module)
+
+
+def test_without_memory_for_copies_nothing_is_moved(settings, monkeypatch):
+    module = nn.Linear(2, 2)
+    place = module.weight.data_ptr()
+    monkeypatch.setattr(mmap, "mmap", Mock(side_effect=OSError(errno.ENOMEM, "no memory")))
+    assert not move_to_huge_pages(module)
+    assert module.weight.data_ptr() == place
 
 
 @pytest.mark.skipif(huge_page_bytes() is None, reason="needs a Linux with huge pages")
