@@ -167,15 +167,19 @@ def run(args):
 def gains_from_huge_pages(model):
     """Return whether to copy the weights: they are bfloat16, and fit into half of the free memory.
 
-    In float32, products are hardly faster.
+    In float32 and with a quantized base, writing is hardly faster.
     """
     from torch import bfloat16
 
+    from minia3.model.quantized import quantized_linears
     from minia3.training.device import free_memory_of_system
+
+    if model.embed.weight.dtype != bfloat16 or quantized_linears(model):
+        return False
 
     n_free = free_memory_of_system()
     n_bytes = sum(weight.nbytes for weight in model.parameters())
-    return model.embed.weight.dtype == bfloat16 and n_free is not None and 2 * n_bytes < n_free
+    return n_free is not None and 2 * n_bytes < n_free
 
 
 def options_of(args):

@@ -47,23 +47,24 @@ def as_lines(texts):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "n_copies", "is_moved"),
+    ("flags", "n_copies", "is_moved"),
     [
-        ("bfloat16", None, False),
-        ("bfloat16", 2, False),
-        ("bfloat16", 3, True),
-        ("float32", 3, False),
+        ("--dtype bfloat16", None, False),
+        ("--dtype bfloat16", 2, False),
+        ("--dtype bfloat16", 3, True),
+        ("--dtype float32", 3, False),
+        ("--dtype bfloat16 --quantize int8", 3, False),
     ],
 )
-def test_bfloat16_moves_into_huge_pages_if_half_of_the_free_memory_is_enough(
-    dtype, n_copies, is_moved, capsys, monkeypatch
+def test_plain_bfloat16_moves_into_huge_pages_if_half_of_the_free_memory_is_enough(
+    flags, n_copies, is_moved, capsys, monkeypatch
 ):
-    model = minia3.load_model(running.model("t5"), dtype=getattr(torch, dtype))
+    model = minia3.load_model(running.model("t5"), dtype=torch.bfloat16)
     n_bytes = sum(weight.nbytes for weight in model.parameters())
     monkeypatch.setattr(device, "free_memory_of_system", lambda: n_copies and n_copies * n_bytes)
     moved = []
     monkeypatch.setattr(huge_pages, "move_to_huge_pages", moved.append)
-    assert output(capsys, "generate", running.model("t5"), "--dtype", dtype, "w3")
+    assert output(capsys, "generate", running.model("t5"), "w3", *flags.split())
     assert len(moved) == is_moved
 
 
