@@ -40,6 +40,7 @@ class Checkpoint:
     finals: list = field(default_factory=list)  # the final lines of metrics.jsonl
     failure: str | None = None  # the reason of the last cell that failed
     n_bytes: int = 0  # of metrics.jsonl: what lies beyond was written after this state
+    reopened: str | None = None  # what metrics.jsonl has to become first: see Metrics.reopen
     group: dict | None = None  # Group.state_dict of the group that trains
     n_processes: int = 1  # that trained it together
     dtype: str | None = None  # of the base; None: an earlier version, which does not say
@@ -59,6 +60,7 @@ class Checkpoint:
         """Raise TypeError if a value cannot be right."""
         has_counts = type(self.n_done) is int and type(self.n_bytes) is int
         has_containers = isinstance(self.finals, list) and isinstance(self.group, dict | None)
+        has_containers = has_containers and isinstance(self.reopened, str | None)
         if not has_counts or not has_containers or self.n_bytes < 0:
             raise TypeError("not the state of a run")
 

@@ -12,15 +12,23 @@ class Metrics:
 
     n_bytes: how much of the file counts. What follows was written after the last checkpoint, by a
         run that was killed.
+    reopened: the text to put in its place, from the last checkpoint, or None.
     """
 
-    def __init__(self, folder, n_bytes=0):
+    def __init__(self, folder, n_bytes=0, reopened=None):
         self.path = folder / "metrics.jsonl" if folder else None
         self.n_bytes = n_bytes
+        self.reopened = reopened
 
     def cut(self):
-        """Remove what does not count."""
-        if self.path is not None and self.path.exists():
+        """Remove what does not count, and put the reopened text in its place, if there is one."""
+        if self.path is None:
+            return
+        if self.reopened is not None:
+            with replacing(self.path) as temporary:
+                temporary.write_bytes(self.reopened.encode())
+            self.reopened = None
+        elif self.path.exists():
             os.truncate(self.path, min(self.n_bytes, self.path.stat().st_size))
 
     def write(self, **values):
@@ -46,24 +54,24 @@ class Metrics:
     def reopen(self):
         """Turn the final lines into lines of the event "extended".
 
-        A line that says why a cell failed is left out, because the run will write it again. Raise
-        ValueError if the file is missing or damaged.
+        A line that says why a cell failed is left out, because the run will write it again. The
+        file stays as it was until `cut`. The checkpoint comes first, because until it is written
+        the run is finished, and its results must be there. Raise ValueError if the file is missing
+        or damaged.
         """
         lines = []
         with reading(self.path):
-            content = self.path.read_bytes()
-            # If not, a killed call of this function has written the file.
-            if content[: self.n_bytes].endswith(b"\n"):
-                content = content[: self.n_bytes]
-            for text in content.decode().splitlines():
-                line = json.loads(text)
+            text = self.reopened  # of a call that was killed before the run had read its data
+            if text is None:
+                text = self.path.read_bytes()[: self.n_bytes].decode()
+            for text_line in text.splitlines():
+                line = json.loads(text_line)
                 if line["event"] == "final":
                     line["event"] = "extended"
                 if line["event"] != "failed":
                     lines.append(json.dumps(line) + "\n")
-        with replacing(self.path) as temporary:
-            temporary.write_text("".join(lines), encoding="utf-8")
-        self.n_bytes = self.path.stat().st_size
+        self.reopened = "".join(lines)
+        self.n_bytes = len(self.reopened.encode())
 
 
 def read_metrics(path):

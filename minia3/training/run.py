@@ -108,7 +108,7 @@ class Run:
         self.n_done = self.saved.n_done
         self.failure = self.saved.failure
         self.failed_message = None  # see `describe_failures`
-        self.metrics = Metrics(self.written_folder, self.saved.n_bytes)
+        self.metrics = Metrics(self.written_folder, self.saved.n_bytes, self.saved.reopened)
         self.dtype = None  # of the base, for the checkpoints
         self.undo_step = None  # a function, while a step computes: see `step_may_be_abandoned`
         self.trackers = []
@@ -201,13 +201,15 @@ class Run:
     def record_start(self, checksums, weights, config):
         """Change the files of a run that is extended, and write the flags into config.json.
 
-        config.json comes last, so after a kill the run can be extended again.
+        The checkpoint comes first, because it is large: if the disk is full, the run keeps its
+        results. config.json comes last, so after a kill the run can be extended again.
         """
         if self.saved_before_extension is not None:
             keep_last_state(self.saved_before_extension, config)
             self.saved_before_extension = None
             self.metrics.reopen()
             self.write_checkpoint(self.saved.group)
+            self.metrics.cut()
         changes = record_run(self.folder, checksums, weights, config)
         announce_code(changes)
         self.unrecorded = {}
@@ -350,6 +352,7 @@ class Run:
             finals=self.finals,
             failure=self.failure,
             n_bytes=self.metrics.n_bytes,
+            reopened=self.metrics.reopened,
             group=group_state,
             n_processes=n_processes(),
             dtype=self.dtype,

@@ -164,7 +164,9 @@ def test_biases_are_found_under_the_name_that_an_earlier_version_gave_them(tmp_p
     assert outcome(earlier) == outcome(out)
 
 
-@pytest.mark.parametrize("change", [{"n_bytes": -1}, {"n_bytes": "9"}, {"n_done": None}, {"x": 1}])
+@pytest.mark.parametrize(
+    "change", [{"n_bytes": -1}, {"n_bytes": "9"}, {"n_done": None}, {"reopened": 3}, {"x": 1}]
+)
 def test_a_checkpoint_with_other_values_is_damaged(change, tmp_path):
     save_checkpoint(tmp_path, Checkpoint())
     assert load_checkpoint(tmp_path) == Checkpoint()

@@ -1,8 +1,10 @@
 """A run that is made longer continues with the learning rate that the message says."""
 
 import contextlib
+import errno
 import functools
 import json
+import os
 import shutil
 import signal
 
@@ -13,10 +15,12 @@ from running import contents, events, fails, kill_self, metrics, outcome, resume
 from written_out import results_by_hand
 
 from minia3.training import cell as training_cell
+from minia3.training import checkpoint as training_checkpoint
 from minia3.training import group as training_group
 from minia3.training import log as training_log
 from minia3.training import run as training_run
 from minia3.training.optimizer import learning_rate
+from minia3.training.outcomes import results_of_finished
 
 SHORT, LONG = 4, 8  # steps of a run, before and after it is made longer
 
@@ -155,7 +159,12 @@ def test_an_extension_can_be_stopped_and_killed_and_repeated(tmp_path, monkeypat
     def break_off(*args, **options):
         raise Killed
 
-    for owner, name in ((training_run, "save_checkpoint"), (training_run, "record_run")):
+    places = (
+        (training_run, "save_checkpoint"),
+        (training_run.Metrics, "cut"),
+        (training_run, "record_run"),
+    )
+    for owner, name in places:
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, break_off)
             with pytest.raises(Killed):
@@ -171,13 +180,14 @@ def test_an_extension_can_be_stopped_and_killed_and_repeated(tmp_path, monkeypat
     [
         (training_run.Metrics, "reopen"),
         (training_run, "save_checkpoint"),
+        (training_run.Metrics, "cut"),
         (training_run, "record_run"),
     ],
 )
 def test_an_extension_that_is_stopped_as_it_begins_continues_without_steps(
     place, writer, tmp_path, monkeypatch, capsys
 ):
-    """It writes metrics.jsonl, the checkpoint, which may take long, and config.json in turns."""
+    """It writes the checkpoint, which may take long, metrics.jsonl, and config.json in turns."""
     flags = {"steps": SHORT, "seed": "0,3", "lr": 0.1, "dropout": 0.1}
     whole = tmp_path / "whole"
     assert run(words(whole, **flags)) == 0
@@ -197,6 +207,47 @@ def test_an_extension_that_is_stopped_as_it_begins_continues_without_steps(
     assert f"to continue: {command}\n" in capsys.readouterr().err
     assert resume(out) == 0
     assert outcome(out) == outcome(whole)
+
+
+def fail_to_write(*arguments, **options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "checkpoint.pt")
+
+
+@pytest.mark.parametrize("method", ["ia3", "full"])
+def test_a_finished_run_keeps_its_results_if_the_disk_is_full_as_it_is_made_longer(
+    method, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "run"
+    assert run(words(out, method=method)) == 0
+    before = contents(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(training_checkpoint.torch, "save", fail_to_write)
+        fails(["--resume", out, "--steps", 12], capsys, "No space left on device", code=1)
+    assert contents(out) == before
+    assert extend(out, 12) == 0
+
+
+@pytest.mark.parametrize("steps", [None, LONG])
+def test_a_finished_run_has_its_results_until_a_killed_extension_goes_on(
+    steps, tmp_path, monkeypatch
+):
+    """The kill comes after the checkpoint was written, and before metrics.jsonl was."""
+    flags = {"steps": SHORT, "seed": "0,3", "lr": "0.1", "dropout": 0.1}
+    whole = tmp_path / "whole"
+    assert run(words(whole, **flags)) == 0
+    shutil.copytree(whole, tmp_path / "run")
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run.Metrics, "cut", fail_to_write)
+        assert extend(out) == 1
+    assert outcome(out) == outcome(whole)
+    assert results_of_finished(out) == results_of_finished(whole)
+    assert extend(whole) == 0
+    if steps is None:  # config.json still has the steps from before
+        assert resume(out) == 0
+        assert [line["steps"] for line in events(out, "final")] == [SHORT, SHORT]
+    assert extend(out) == 0
+    assert outcome(out)[0] == outcome(whole)[0]
 
 
 @pytest.mark.parametrize("has_checkpoint", [True, False])

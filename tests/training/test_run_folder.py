@@ -60,9 +60,15 @@ def test_the_lines_of_a_finished_run_are_rewritten_up_to_its_last_checkpoint(tmp
     content = "".join(json.dumps(line) + "\n" for line in lines)
     path = tmp_path / "metrics.jsonl"
     path.write_text(content + '{"event": "half')
+    before = contents(tmp_path)
+    written = Metrics(tmp_path, len(content))
     for _ in range(2):  # a call that is killed at its end is repeated
-        Metrics(tmp_path, len(content)).reopen()
-        assert metrics(tmp_path) == [lines[0], {"event": "extended", "accuracy": 1}]
+        written.reopen()
+        assert contents(tmp_path) == before
+        written = Metrics(tmp_path, written.n_bytes, written.reopened)
+    written.cut()
+    assert metrics(tmp_path) == [lines[0], {"event": "extended", "accuracy": 1}]
+    assert path.stat().st_size == written.n_bytes
 
 
 def test_what_a_run_left_that_was_killed_at_once_is_removed(tmp_path):
@@ -746,7 +752,8 @@ def test_the_lines_that_a_checkpoint_counts_are_on_the_disk_before_it(tmp_path, 
 
     def note_lines(folder, checkpoint):
         file = (folder / "metrics.jsonl").stat()
-        counted.append((checkpoint.n_bytes, synced[file.st_ino]))
+        if checkpoint.reopened is None:  # if not, the checkpoint has the lines
+            counted.append((checkpoint.n_bytes, synced[file.st_ino]))
         save_checkpoint(folder, checkpoint)
 
     monkeypatch.setattr(os, "fsync", note_size)
