@@ -94,8 +94,10 @@ def final_line(group, cell, assignment, before, after):
         final["n_shots_given"] = len(assignment.shots)  # `n_shots` of them fit, on average
     if cell.progress.best_step is not None:
         final["best_step"] = cell.progress.best_step  # the step of the parameters that are saved
-    if cell.progress.extended_from:
-        final["extended_from"] = cell.progress.extended_from
+    # An extension that was killed as it began, and is resumed without its --steps, does no step.
+    extended_from = [step for step in cell.progress.extended_from if step < group.log.step]
+    if extended_from:
+        final["extended_from"] = extended_from
     final["answer"] = assignment.task.answer
     final["warnings"] = [
         *assignment.doubts,

@@ -250,6 +250,22 @@ def test_a_finished_run_has_its_results_until_a_killed_extension_goes_on(
     assert outcome(out)[0] == outcome(whole)[0]
 
 
+def test_a_run_that_was_resumed_without_the_steps_of_its_extension_is_not_called_extended(
+    tmp_path, monkeypatch
+):
+    out = tmp_path / "run"
+    assert run(words(out, steps=SHORT, lr=0.1)) == 0
+    adapters, (*_, final) = outcome(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run, "record_run", fail_to_write)
+        assert extend(out) == 1
+    assert resume(out) == 0
+    assert outcome(out)[0] == adapters
+    assert outcome(out)[1][-1] == final
+    assert extend(out) == 0
+    assert metrics(out)[-1]["extended_from"] == [SHORT]
+
+
 @pytest.mark.parametrize("has_checkpoint", [True, False])
 def test_an_extension_that_is_stopped_before_it_is_recorded_continues_with_steps(
     has_checkpoint, tmp_path, monkeypatch, capsys
