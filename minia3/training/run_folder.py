@@ -123,17 +123,24 @@ def check_same_flags(folder, config):
     expected = getattr(config, name)
     advice = "give another --out, or remove the folder"
     if len(fields) == 1:
-        advice += other_advice(folder, name, value, config)
+        advice += other_advice(folder, name, found, config)
     raise ValueError(
         f"{folder} holds a run with other flags: {option(name)} is {value!r:.80}, expected "
         f"{expected!r:.80}: {advice}"
     )
 
 
-def other_advice(folder, name, value, config):
-    """Return how to keep a run that differs in a single flag, for the end of a message, or ""."""
+def other_advice(folder, name, found, config):
+    """Return how to keep a run that differs in a single flag, for the end of a message, or "".
+
+    found: the flags of the run. One that was made longer has --steps in place of --epochs.
+    """
     expected = getattr(config, name)
-    if name == "steps" and config.is_training and expected > value:
+    n_steps = found.get("steps", Config.steps)
+    has_lost_epochs = name == "epochs" and found.get(name) is None
+    if config.is_training and (has_lost_epochs or (name == "steps" and expected < n_steps)):
+        return f", or, if it was made longer, give --steps {n_steps}"
+    if name == "steps" and config.is_training and expected > n_steps:
         words = [*COMMAND.split(), "--resume", str(folder), "--steps", str(expected)]
         return f", or make it longer: {shlex.join(words)}"
     if name in MOVABLE and isinstance(expected, str) and os.path.exists(expected):

@@ -347,6 +347,17 @@ def test_a_run_with_the_flags_that_the_file_had_before_is_noted(tmp_path, capsys
     assert last == "4 runs: 1 finished, 3 to come"
 
 
+@pytest.mark.parametrize("length", [("--steps", "2"), ("--epochs", "0.4")])
+def test_a_study_goes_on_with_a_run_that_was_made_longer(tmp_path, capsys, length):
+    words = ["study", write_study(tmp_path), "--only", "seed0-ia3", "--run"]
+    assert "1 finished now" in output(capsys, *words, *length)
+    folder = tmp_path / "runs" / "seed0-ia3"
+    assert running.run(["--resume", folder, "--steps", 4]) == 0
+    advice = "or remove the folder, or, if it was made longer, give --steps 4\n"
+    assert failure(capsys, *words, *length).endswith(advice)
+    assert output(capsys, *words, "--steps", 4) == "1 finished before\n"
+
+
 def test_runs_with_other_flags_are_a_mistake_before_anything_is_made(tmp_path, capsys):
     path = write_study(tmp_path, steps=1)
     last = read_studies([path], {})[-1]

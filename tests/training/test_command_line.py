@@ -443,11 +443,14 @@ def test_a_run_with_fewer_steps_can_be_made_longer(tmp_path, capsys):
     fails(words(out, "--or-resume", steps=1, lr=0.1), capsys, f"{only}\n")
     fails(words(out, "--or-resume", steps=2, lr=0.1), capsys, f"expected 2: {only}\n")
     assert run(["--resume", out, "--steps", "2"]) == 0
-    fails(words(out, "--or-resume", steps=1), capsys, f"--steps is 2, expected 1: {only}\n")
+    found = f"--steps is 2, expected 1: {only}, or, if it was made longer, give --steps 2\n"
+    fails(words(out, "--or-resume", steps=1), capsys, found)
     untrained = tmp_path / "untrained"
     assert run(words(untrained, steps=1, method="none")) == 0
     again = words(untrained, "--or-resume", steps=2, method="none")
     fails(again, capsys, f"expected 2: {only}\n")
+    again = words(untrained, "--or-resume", steps=None, epochs=1, method="none")
+    fails(again, capsys, f"expected 1.0: {only}\n")
 
 
 def test_a_run_whose_rows_were_moved_can_get_their_new_path(tmp_path, capsys):
