@@ -16,7 +16,7 @@ from collections import Counter
 from minia3.cli.arguments import positive
 from minia3.cli.terminal import show
 from minia3.files.lock import FolderLocked
-from minia3.files.messages import part_of, plural
+from minia3.files.messages import message_of, part_of, plural
 from minia3.training import command_line
 from minia3.training.config import Config
 from minia3.training.run_folder import RunExists
@@ -201,13 +201,25 @@ def make_run(study_run):
             # The run has said how to continue it alone.
             print_error("minia3: the same command continues the study")
             sys.exit(128 + stop.number)
-        except (Failed, OSError, ValueError) as error:
+        except (RuntimeError, OSError, ValueError) as error:  # RuntimeError: Failed, and torch's
             if isinstance(error, RunExists) and study_run.has_begun:
                 return make_run(study_run)  # another worker has begun it since we looked
+            if not isinstance(error, Failed | OSError | ValueError):
+                if has_lost_device(error):
+                    raise
+                error = RuntimeError(f"{study_run.folder}: {error}")  # torch names no run
             print_error(command_line.error_line(COMMAND, error))
             return "failed"
         finally:
             gc.collect()  # before the next model is loaded, see `run_grid` in train.py
+
+
+def has_lost_device(error):
+    """Return whether an error of torch means that this process can use its accelerator no more."""
+    import torch
+
+    kinds = getattr(torch, "AcceleratorError", ())  # torch 2.5 has none
+    return isinstance(error, kinds) or "CUDA error" in str(error)
 
 
 # States

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import running
+import torch
 from command_line import failure, output
 from forked import forget_shared_lock, print_into, run_as_python
 from running import model, outcome, task
@@ -292,6 +293,48 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capsys):
     assert first.startswith("minia3 train: nowhere.csv: no such file or folder")
     assert last == f"minia3: 1 of 5 runs failed, see above: {tmp_path}/runs/bad"
     assert states(capsys, path)[0] == "5 runs: 4 finished, 1 to come"
+
+
+class AcceleratorError(RuntimeError):
+    """Stands for that of torch, which torch 2.5 does not have."""
+
+
+@pytest.mark.parametrize(
+    ("error", "n_made"),
+    [
+        (NotImplementedError("aten::x is not implemented"), 4),
+        (AcceleratorError("the device is gone"), 2),
+        (RuntimeError("CUDA error: an illegal access"), 2),
+    ],
+)
+def test_an_error_of_torch_stops_the_worker_only_if_the_accelerator_is_lost(
+    tmp_path, capsys, monkeypatch, error, n_made
+):
+    path = write_study(tmp_path, steps=1)
+    runs = read_studies([path], {})
+    second = runs[1]
+    made = []
+
+    def run_config(config, *_, **__):
+        made.append(Path(config.out))
+        if made[-1] == second.folder:
+            raise error
+
+    monkeypatch.setattr(torch, "AcceleratorError", AcceleratorError, raising=False)
+    monkeypatch.setattr(start, "run_config", run_config)
+    # The states are of no interest, because nothing is made.
+    monkeypatch.setattr("minia3.cli.study.state_of", lambda run: "finished")
+    capsys.readouterr()
+    assert main(["study", str(path), "--run"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert made == [run.folder for run in runs[:n_made]]
+    if n_made == 2:
+        assert lines == [f"minia3: {error}"]
+    else:
+        assert lines == [
+            f"minia3 train: {second.folder}: {error}",
+            f"minia3: 1 of 4 runs failed, see above: {second.folder}",
+        ]
 
 
 @pytest.mark.slow
