@@ -25,7 +25,7 @@ from minia3.training.study_file import given_words, read_studies
 
 TITLE = "Carry out the runs that a file describes, or a share of them"
 EXAMPLE = "minia3 study study.toml --run 1/6"
-STATES = ("finished", "failed", "begun", "to come")
+STATES = ("finished", "failed", "damaged", "begun", "to come")
 LEFT = "left to another worker"  # what may become of a run
 N_WORKERS = 1
 HOURS = 24
@@ -228,19 +228,27 @@ def has_lost_device(error):
 def show_states(runs):
     """Print a line for each run, how many runs there are in each state, and which have other flags.
 
-    A run may have other flags because the file has changed since, or because some were typed.
+    A run may have other flags because the file has changed since, or because some were typed. Say
+    of each damaged run why it is.
     """
     counts = Counter()
+    damages = []
     differences = []
     for study_run in runs:
-        state = state_of(study_run)
+        try:
+            state = state_of(study_run)
+        except ValueError as error:
+            state = "damaged"
+            damages.append(message_of(error))
         counts[state] += 1
         show(f"{state:<9} {study_run.folder}")
-        if state != "to come":
+        if state not in ("to come", "damaged"):
             try:
                 study_run.check_begun()
             except ValueError as error:
                 differences.append(str(error))
+    for damage in damages:
+        show(f"note      {damage}")
     if differences:
         n = len(differences)
         show(f"note      {n} {plural(n, 'run')} not of this study: {differences[0]}")
@@ -251,7 +259,8 @@ def show_states(runs):
 def state_of(study_run):
     """Return one of STATES, whatever the flags of the run in the folder are.
 
-    It is read from the run's files, so it is true at any time.
+    It is read from the run's files, so it is true at any time. Raise ValueError if they are
+    damaged.
     """
     from minia3.cli.results import errors_in_one_line
     from minia3.files.read import read_json

@@ -401,6 +401,23 @@ def test_a_study_goes_on_with_a_run_that_was_made_longer(tmp_path, capsys, lengt
     assert output(capsys, *words, "--steps", 4) == "1 finished before\n"
 
 
+@pytest.mark.parametrize(
+    ("name", "content"), [("metrics.jsonl", "{}\n[3]\n"), ("config.json", '{"model"')]
+)
+def test_a_damaged_run_does_not_hide_the_others(tmp_path, capsys, name, content):
+    path = write_study(tmp_path, steps=1)
+    runs = read_studies([path], {})
+    for run in runs[:2]:
+        assert running.run(given_words(run.flags)) == 0
+    (runs[0].folder / name).write_text(content)
+    *lines, note, last = output(capsys, "study", path).splitlines()
+    found = [line[:9].strip() for line in lines]
+    assert found == ["damaged", "finished", "to come", "to come"]
+    assert note.startswith(f"note      {runs[0].folder}: expected a run of train.py: ")
+    assert name in note
+    assert last == "4 runs: 1 finished, 1 damaged, 2 to come"
+
+
 def test_runs_with_other_flags_are_a_mistake_before_anything_is_made(tmp_path, capsys):
     path = write_study(tmp_path, steps=1)
     last = read_studies([path], {})[-1]
