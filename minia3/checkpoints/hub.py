@@ -44,6 +44,7 @@ from minia3.files.read import check_link, one_line
 from minia3.files.write import finish_writing
 
 LONGEST_WAIT = 600  # seconds without news of a download
+NEWS = 10_000_000  # bytes: huggingface_hub reports as many at once
 
 # Two parts with one slash between them, as in `org/name`. The first part does not begin like a path
 # (`./x`, `~/x`), and the second does not end in .gguf, because that is a file that does not exist.
@@ -276,12 +277,14 @@ class Transfer:
 
     huggingface_hub has a limit of time for each byte only, so a server that sends a byte now and
     then could hold a download for days. It reports every 10 MB, and the end of a file: if neither
-    comes within LONGEST_WAIT, less than 17 kB came in a second, or huggingface_hub is waiting for
-    another process that downloads the same file, about which it reports nothing.
+    comes within LONGEST_WAIT, less than 17 kB came in a second. It reports nothing while it waits
+    for another process that downloads the same file, so the files in its cache are watched, too.
     """
 
-    def __init__(self, download, *args, **options):
-        """download: hf_hub_download, which is called with the arguments."""
+    def __init__(self, download, repo, name, **options):
+        """download: hf_hub_download, which is called with the other arguments."""
+        self.repo = repo
+        self.n_bytes = 0  # of the files that are not complete, when they were last news
         self.reported = time.monotonic()  # when the last report came
         self.path = None
         self.error = None
@@ -289,7 +292,7 @@ class Transfer:
         self.is_watched = "tqdm_class" in inspect.signature(download).parameters
         if self.is_watched:
             options["tqdm_class"] = self.bar_class()
-        self.call = partial(download, *args, **options)
+        self.call = partial(download, repo, name, **options)
 
     def bar_class(self):
         """Return the class of huggingface_hub's bar, which reports to this transfer, too."""
@@ -310,6 +313,14 @@ class Transfer:
         except Exception as error:  # raised again in the thread that waits
             self.error = error
 
+    def is_too_slow(self):
+        """Return whether there was no news for too long, in this process or in another one."""
+        n_bytes = incomplete_bytes(self.repo)
+        if abs(n_bytes - self.n_bytes) >= NEWS:  # fewer if a file is complete
+            self.n_bytes = n_bytes
+            self.reported = time.monotonic()
+        return self.is_watched and time.monotonic() - self.reported > LONGEST_WAIT
+
     def result(self):
         """Return the path of the file, or raise what the download raised.
 
@@ -319,7 +330,7 @@ class Transfer:
         thread.start()
         while thread.is_alive():
             thread.join(1.0)
-            if self.is_watched and time.monotonic() - self.reported > LONGEST_WAIT:
+            if self.is_too_slow():
                 raise TimeoutError(
                     f"the server is too slow: less than 10 MB in {LONGEST_WAIT} seconds. If "
                     "another process is downloading this file, try again when it is done"
@@ -327,6 +338,19 @@ class Transfer:
         if self.error is not None:
             raise self.error
         return self.path
+
+
+def incomplete_bytes(repo):
+    """Return how many bytes the cache has of files of a repository that are being downloaded."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"))
+    n_bytes = 0
+    for path in folder.glob("blobs/*.incomplete"):
+        with suppress(OSError):  # it is complete, and has another name
+            n_bytes += path.stat().st_size
+    return n_bytes
 
 
 def why_unreachable():

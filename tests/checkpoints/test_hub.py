@@ -17,6 +17,7 @@ import tempfile
 import threading
 from http.server import ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import hub_calls
 import huggingface_hub
@@ -29,7 +30,8 @@ from ports import reserved_port
 from safetensors.torch import load_file
 
 import minia3
-from minia3.checkpoints.hub import find, find_adapter, why_unreachable
+from minia3.checkpoints import hub as checkpoint_hub
+from minia3.checkpoints.hub import LONGEST_WAIT, NEWS, Transfer, find, find_adapter, why_unreachable
 from minia3.checkpoints.known_models import EMBEDDED, known_model
 from minia3.cli.info import info
 
@@ -427,6 +429,25 @@ def test_a_server_that_sends_a_byte_now_and_then_is_given_up_with_the_reason(hub
     assert message.startswith("ValueError: org/slow: ")
     assert "the server is too slow: less than 10 MB in 1.5 seconds" in message
     assert "If another process is downloading this file, try again when it is done" in message
+
+
+def test_a_download_by_another_process_is_waited_for_while_its_file_grows(tmp_path, monkeypatch):
+    clock = SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr(checkpoint_hub, "time", clock)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    file = tmp_path / "models--org--name" / "blobs" / "abc.incomplete"
+    file.parent.mkdir(parents=True)
+    now = 0.0
+    transfer = Transfer(huggingface_hub.hf_hub_download, "org/name", "model.safetensors")
+    for n_bytes in (NEWS, 2 * NEWS, 3 * NEWS, 0):  # at last, another file begins
+        file.touch()
+        os.truncate(file, n_bytes)
+        now += LONGEST_WAIT + 1
+        assert not transfer.is_too_slow()
+    os.truncate(file, NEWS - 1)  # a byte now and then
+    assert not transfer.is_too_slow()
+    now += LONGEST_WAIT + 1
+    assert transfer.is_too_slow()
 
 
 @pytest.mark.parametrize(
