@@ -2,7 +2,7 @@
 
 train      is trained on, or shown before each input by in-context learning
 held out   chooses the best vectors (--eval-every), and is not trained on
-report     gives the result, and nothing is chosen with it
+report     gives the result; nothing should be chosen with it
 """
 
 from dataclasses import dataclass, field
@@ -91,9 +91,7 @@ def notes_on(task, family, held_out_rows):
     notes = []
     if held_out_rows:
         n_rows = len(held_out_rows)
-        notes.append(
-            f"{n_rows} rows choose the best vectors, and are neither trained on nor reported on"
-        )
+        notes.append(f"{n_rows} rows choose the best vectors, and are not trained on")
     if family is None and task.spec.seen:
         notes.append(UNKNOWN_MODEL)
     return notes

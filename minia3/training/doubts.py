@@ -40,15 +40,18 @@ def doubts_about_rows(assignment, config):
         )
     if config.is_training:
         doubts += doubts_about_known(assignment, assignment.train_rows, "trained on")
+    # Vectors that are the best on rows to report on look better than they are.
+    use = "among those that choose the best vectors"
+    doubts += doubts_about_known(assignment, assignment.held_out_rows, use)
     # Which of the shots fit before a row is known only later, so all of them count.
     doubts += doubts_about_known(assignment, assignment.shots, "among the shots")
     return doubts
 
 
 def doubts_about_known(assignment, rows, use):
-    """Return a text in a list if the model sees answers of rows to report on, or an empty list.
+    """Return a text in a list if rows to report on are among `rows`, or an empty list.
 
-    rows: those whose answers it sees.
+    rows: those whose answers the model sees, or that choose its vectors. use: what they are for.
     """
     names = names_of_words(assignment.task.spec)
     n_known = count_repeated(rows, assignment.report_rows, names)

@@ -105,6 +105,30 @@ def test_rows_to_report_on_that_are_trained_on_are_counted(tmp_path):
     assert count_repeated([{"idx": 3, "a": 1}], report_rows, ["a"]) == 2
 
 
+def test_rows_that_choose_the_best_vectors_and_are_reported_on_are_counted(tmp_path):
+    """A run said of them that they were not reported on."""
+    train_rows = choice_rows(["w3", "w4"] * 5)
+    others = [{**row, "input": f"w{50 + i}"} for i, row in enumerate(train_rows)]
+    evaluated = {"eval_every": 2, "steps": 2}
+
+    def doubts(name, flags, **splits):
+        folder = write(tmp_path / name, **splits)
+        config = train.Config(task=str(folder), **flags)
+        return assign_rows(minia3.load_task(folder), config).doubts
+
+    splits = {"train": train_rows, "validation": others[:6], "test": others[2:]}
+    assert doubts("dev", evaluated, **splits) == [
+        "4 of 8 rows to report on are also among those that choose the best vectors"
+    ]
+    # Nothing chooses the vectors, or other rows do.
+    assert doubts("last", {}, **splits) == []
+    assert doubts("apart", evaluated, **splits | {"test": others[6:]}) == []
+    # Here, a fifth of the rows to train on chooses the best vectors.
+    both = ["8 of 10 rows to report on are also trained on"]
+    both.append("2 of 10 rows to report on are also among those that choose the best vectors")
+    assert doubts("train", evaluated, train=train_rows, validation=train_rows) == both
+
+
 def test_rows_that_differ_in_columns_that_no_model_reads_are_the_same(tmp_path):
     """Exports have ids. A file may also have 1 for the label that another one calls "1.0"."""
     labels = [0, 1, 0, 1]
