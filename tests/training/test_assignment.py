@@ -174,8 +174,8 @@ def test_all_labeled_rows_of_raft_may_be_trained_on_and_then_nothing_is_evaluate
     assert "10 rows to train on, 0 rows of test to report on" in shown
     assert "after    nothing to evaluate" in shown
     assert "use it      minia3 predict" in shown
-    assert shown.count("warning  nothing is evaluated on held-out rows: how good") == 1
-    assert "  warning     nothing is evaluated on held-out rows: how good" in shown
+    assert shown.count("warning  nothing is evaluated on held-out rows: the quality") == 1
+    assert "  warning     nothing is evaluated on held-out rows: the quality" in shown
     assert (final["accuracy"], final["accuracy_before"], final["rows"], final["steps"]) == (
         None,
         None,
