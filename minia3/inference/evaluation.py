@@ -295,8 +295,10 @@ def in_order_of_numbers(scores_NC, number_NC):
 
 
 def have_same_choices(rendered):
-    """Return whether all rows have the same choices, in any order."""
-    return len({frozenset(row.choices) for row in rendered}) == 1
+    """Return whether all rows have the same choices, in any order, and each of them only once."""
+    choices = {frozenset(row.choices) for row in rendered}
+    n_choices = {len(row.choices) for row in rendered}
+    return len(choices) == 1 and n_choices == {len(*choices)}
 
 
 def commonest_share(metric, right_N):

@@ -170,6 +170,7 @@ def read_entry(entry: Mapping, folder: Path) -> TaskSpec:
     spec = make_spec(entry)
     for prompt in spec.prompts:
         check_reads_columns(prompt)
+        check_choices_differ(prompt)
         if prompt.choices and spec.labels:
             check_choices(prompt, spec.labels)
     spec = spec._replace(labels=tuple(spec.labels))
@@ -235,6 +236,16 @@ def check_reads_columns(prompt: Prompt):
         raise ValueError(
             f"'text' is {prompt.text!r:.60}, expected columns in single braces: {{text}}"
         )
+
+
+def check_choices_differ(prompt: Prompt):
+    """Raise ValueError if two choices of a prompt are the same text in every row.
+
+    Their scores would be equal, so the second of them would never be the answer.
+    """
+    choices = [choice.strip() for choice in prompt.choices or ()]
+    if len(set(choices)) < len(choices):
+        raise ValueError(f"'choices' is {choices!r:.80}, expected texts that differ")
 
 
 def without_nulls(entry: Mapping) -> dict:

@@ -271,6 +271,14 @@ def test_the_commonest_answer_is_counted_as_a_text_if_all_rows_have_the_same_cho
     assert found["commonest"] == max(places.values()) / 10
 
 
+def test_a_choice_that_a_row_has_twice_is_right_only_at_its_own_place(ours):
+    """Both places had one number, so the first was counted as right wherever the label was."""
+    prompt = Prompt("w7 {input} w8", ("w4", "{other}"))
+    rows = [{"input": "w9", "other": "w4", "label": label, "idx": label} for label in (0, 1)]
+    found = evaluate(ours.model, ours.tokenizer, rows, prompt, metric="accuracy")
+    assert (found["accuracy"], found["commonest"], found["n_equal"]) == (0.5, 0.5, 2)
+
+
 def test_for_macro_f1_the_commonest_answer_has_its_macro_f1(ours):
     rows = [
         {"input": "w9", "choices": ["w4", "w5"], "label": int(i < 6), "idx": i} for i in range(8)

@@ -148,6 +148,14 @@ def test_a_target_is_a_text_to_write(tmp_path):
         ({"labels": ["0", "1", "2"]}, "2 choices (sports, arts) for 3 labels (0, 1, 2)"),
         ({"labels": ["0", "0.0"]}, "'labels' is ['0', '0.0'], expected labels that differ"),
         ({"labels": ["x", "X"]}, "'labels' is ['x', 'X'], expected labels that differ"),
+        (
+            {"choices": ["No", "{title}", "No "]},
+            "'choices' is ['No', '{title}', 'No'], expected texts",
+        ),
+        (
+            {"labels": [], "choices": [], "prompts": [{"text": "{body}", "choices": ["a", "a"]}]},
+            "'choices' is ['a', 'a'], expected texts that differ",
+        ),
         ({"label_field": "topics"}, "'label_field' (default: label) names the column 'topics'"),
         ({"fields": {"Titel": "title"}}, "'fields' names the column 'Titel'"),
         ({"files": {"dev": "a.jsonl"}}, "the split 'dev', expected train, validation, test"),
