@@ -23,7 +23,7 @@ from minia3.files.messages import plural
 from minia3.files.read import read_json
 from minia3.model.costs import flops
 from minia3.tasks.split_files import HELD_OUT_FOLD, short_name
-from minia3.training.choices import CHAT_TEMPLATE, TRAINED
+from minia3.training.choices import CHAT_TEMPLATE, TRAINED, TRAINED_ALONE
 from minia3.training.config_file import NOT_FLAGS
 from minia3.training.metrics_file import read_metrics
 from minia3.training.outcomes import count_cells, is_mixture, outcomes_of
@@ -274,7 +274,7 @@ def read_result(run, final):
     train_lines = select_train_lines(run, adapter)
     n_examples = n_steps * run.config["batch_size"]
     n_train_tokens = mean_tokens(train_lines) * n_examples
-    if shares_lines_with_other_tasks(run, train_lines):
+    if shares_lines_with_other_tasks(run, method, train_lines):
         n_train_tokens = np.nan  # the lines count the tokens of all tasks together
     n_base = float(final["total"])
     return Result(
@@ -414,13 +414,15 @@ def mean_tokens(train_lines):
     return np.average(tokens / examples, weights=np.diff(steps, prepend=0))
 
 
-def shares_lines_with_other_tasks(run, train_lines):
+def shares_lines_with_other_tasks(run, method, train_lines):
     """Return whether adapters of several tasks train together, and each line is about all of them.
 
-    A mixture is one task: its tokens are those of its adapter.
+    A mixture is one task: its tokens are those of its adapter. Adapters that train one after the
+    other have lines of their own, each with the loss of one adapter in `losses`.
     """
     is_of_several = isinstance(run.config["task"], list) and not is_mixture(run.config)
-    return is_of_several and any("losses" in line for line in train_lines)
+    is_together = is_of_several and method not in TRAINED_ALONE
+    return is_together and any("losses" in line for line in train_lines)
 
 
 # Labels

@@ -338,14 +338,15 @@ def test_the_training_of_a_grid_of_several_tasks_has_no_flops_of_one_task(tmp_pa
     names = ("rte", "cb")
     finals = [{"adapter": name, "task": name} for name in names]
     together = TRAIN | {"losses": dict.fromkeys(names, 1.0)}
-    alone = [TRAIN | {"adapter": name} for name in names]  # LoRA trains one after the other
+    alone = [TRAIN | {"losses": {name: 1.0}} for name in names]  # LoRA trains one after the other
 
     def flops_to_train(folder, lines, finals=finals, **flags):
         make_run(tmp_path / folder, finals, lines, **flags)
         return [result.flops_to_train for result in read_results([tmp_path / folder])[0]]
 
     assert np.isnan(flops_to_train("grid", [together], task=names)).all()
-    assert np.isfinite(flops_to_train("alone", alone, task=names, method="lora")).all()
+    for method in ("lora", "full"):
+        assert np.isfinite(flops_to_train(method, alone, task=names, method=method)).all()
     assert np.isfinite(flops_to_train("mixture", [TRAIN], task=names, adapters="one")).all()
     seeds = [{"adapter": name, "seed": seed} for seed, name in enumerate(names)]
     assert np.isfinite(flops_to_train("seeds", [together], seeds, seed=[0, 1])).all()
