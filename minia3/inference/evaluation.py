@@ -9,6 +9,8 @@ The result of an evaluation is a dictionary, because it becomes part of a line o
     n          how many rows
     n_cut      how many rows have an input that was too long and lost words
     n_equal    how many rows have two choices with the same tokens, if there are choices
+    n_tied     how many rows have a best score that choices with different tokens share
+    n_single   how many rows have a single choice, which is always right
     n_lossy    how many targets the tokenizer cannot write exactly, if the metric is exact_match
     n_too_long how many targets have more tokens than are generated, if texts are generated
     n_wordless how many targets rouge_l finds no words in, if the metric is rouge_l
@@ -52,7 +54,10 @@ EXPECTED_ROW = (
 )
 EXPECTED_CHOICES = 'a list of different texts that are not empty, such as ["3", "4"]'
 # These may differ from prompt to prompt.
-COUNTS = ("n_cut", "n_equal", "n_lossy", "n_too_long", "n_wordless", "n_ends_cut")
+COUNTS = (
+    *("n_cut", "n_equal", "n_tied", "n_single"),
+    *("n_lossy", "n_too_long", "n_wordless", "n_ends_cut"),
+)
 
 
 def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limits of a run)
@@ -272,7 +277,23 @@ def choice_result(metric, scores_NC, rendered, examples):
         "auc": choice_auc(in_order_of_numbers(scores_NC, number_NC), right_N),
         "commonest": commonest_share(metric, right_N),
         "n_equal": sum(equal_choices(example) is not None for example in examples),
+        "n_tied": count_tied(scores_NC, examples),
+        "n_single": sum(len(example.targets) == 1 for example in examples),
     }
+
+
+def count_tied(scores_NC, examples):
+    """Return how many rows have a best score that choices with different tokens share.
+
+    `argmax` then takes the first of them. In float32 this is rare. But logits in bfloat16 from 16
+    to 32 are multiples of 1/8, so choices of one token often tie.
+    """
+    is_best_NC = scores_NC == scores_NC.max(axis=1, keepdims=True)
+    n_tied = 0
+    for is_best_C, example in zip(is_best_NC, examples, strict=True):
+        best = {tuple(example.targets[place]) for place in np.flatnonzero(is_best_C)}
+        n_tied += len(best) > 1
+    return n_tied
 
 
 def number_choices(rendered, n_choices):

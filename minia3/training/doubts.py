@@ -178,7 +178,26 @@ def notes_on_texts(metric, result, max_new_tokens):
             f"{part_having(result['n_equal'], n_rows, 'row')} two choices that are the same text "
             "to the tokenizer: their scores are equal, and the first always wins"
         )
+    if result.get("n_single"):
+        notes.append(
+            f"{part_having(result['n_single'], n_rows, 'row')} a single choice, which is always "
+            "right"
+        )
     return notes
+
+
+def notes_on_ties(result, dtype):
+    """Return a text in a list if different choices have one best score, or an empty list.
+
+    dtype: the name of the base's dtype.
+    """
+    if not result.get("n_tied"):
+        return []
+    advice = ""
+    if dtype in ("bfloat16", "float16"):
+        advice = ": --dtype float32 tells them apart"
+    subject = part_having(result["n_tied"], result["n"], "row")
+    return [f"{subject} two best choices with equal scores, and the first counts{advice}"]
 
 
 # After training

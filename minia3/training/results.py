@@ -7,6 +7,7 @@ from minia3.training.doubts import (
     doubts_about_result,
     doubts_about_shots,
     notes_on_texts,
+    notes_on_ties,
 )
 from minia3.training.report import describe
 
@@ -42,8 +43,15 @@ def evaluate_before(run, group, cell, baselines):
         print(f"before   {cell.title_of(task)}{describe(task.metric, result)}", flush=True)
         for note in notes_on_texts(task.metric, result, cell.config.max_new_tokens):
             print(f"note     {cell.title_of(task)}{note}", flush=True)
+        show_ties(cell, task, result)
         results.append(result)
     return results
+
+
+def show_ties(cell, task, result):
+    """Print how many rows have two best choices. This depends on the model, so say it each time."""
+    for note in notes_on_ties(result, cell.progress.dtypes[-1]):
+        print(f"note     {cell.title_of(task)}{note}", flush=True)
 
 
 def evaluate_after(group, cell):
@@ -62,6 +70,7 @@ def evaluate_after(group, cell):
                 cell.fail(f"after training, the scores of {error.name} are not finite")
                 return []
             print(f"after    {cell.title_of(task)}{describe(task.metric, after)}", flush=True)
+            show_ties(cell, task, after)
         finals.append(final_line(group, cell, assignment, before, after))
     return finals
 

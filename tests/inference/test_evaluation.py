@@ -103,6 +103,8 @@ def test_accuracy_is_the_share_of_rows_whose_right_choice_has_the_best_mean(ours
         "auc": None,
         "commonest": commonest / 40,
         "n_equal": 0,
+        "n_tied": 0,
+        "n_single": 10,
         "n": 40,
         "n_cut": 0,
         "tokens": tokens(ours, rows),
@@ -251,6 +253,29 @@ def test_evaluate_reports_macro_f1_for_a_task_that_asks_for_it(ours, monkeypatch
     assert found["accuracy"] == pytest.approx((2 * 2 / (3 + 2) + 2 * 1 / (1 + 2)) / 2)
     found = evaluate(ours.model, ours.tokenizer, rows, OWN_PROMPTS[0], metric="accuracy")
     assert found["accuracy"] == 0.75
+
+
+# Rows whose answer says little
+
+
+def test_rows_with_two_best_choices_and_rows_with_one_choice_are_counted(ours, monkeypatch):
+    """In bfloat16, two logits are often equal, and the first choice was taken without a word."""
+    cases = [
+        (["w4", "w5"], [1, 1]),
+        (["w4", "w5"], [0, 1]),
+        (["w4\nw5", "w4 w5"], [1, 1]),  # one text to the tokenizer, which `n_equal` counts
+        (["w4", "w5", "w6"], [0, 1, 1]),
+        (["w4", "w5", "w6"], [1, 0, 0]),
+        (["w4"], [0]),
+    ]
+    rows = []
+    scores_NC = torch.full((len(cases), 3), -torch.inf)
+    for idx, (choices, scores) in enumerate(cases):
+        rows.append({"input": "w9", "choices": choices, "label": 0, "idx": idx})
+        scores_NC[idx, : len(scores)] = torch.tensor(scores)
+    monkeypatch.setattr("minia3.inference.evaluation.score_examples", lambda *_, **__: scores_NC)
+    found = evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric="accuracy")
+    assert (found["n_equal"], found["n_tied"], found["n_single"]) == (1, 2, 1)
 
 
 # The commonest answer
@@ -649,6 +674,7 @@ def test_the_result_over_several_prompts_is_the_median_with_all_accuracies():
 
 def test_the_counts_over_several_prompts_stay_whole_numbers():
     counts = {"n": 5, "n_cut": 0, "n_lossy": 1, "n_too_long": 3, "n_equal": 2, "n_ends_cut": 4}
+    counts |= {"n_tied": 1, "n_single": 2}
     first = {"accuracy": 0.5, **counts}
     combined = over_prompts([first, {**first, "n_lossy": 2}])
     assert {key: combined[key] for key in counts} == {**counts, "n_lossy": 2}

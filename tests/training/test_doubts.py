@@ -20,6 +20,7 @@ from minia3.training.doubts import (
     doubts_about_shots,
     loss_notes,
     notes_on_texts,
+    notes_on_ties,
     rise_of,
 )
 from minia3.training.losses import UNLIKELY_EPS, unlikelihood_loss
@@ -273,14 +274,23 @@ def test_a_result_below_the_commonest_label_or_below_the_start_is_doubtful():
 
 def test_what_an_evaluation_noticed_about_texts_is_said_in_words():
     result = {"n": 9, "n_lossy": 2, "n_too_long": 3, "n_ends_cut": 1, "n_equal": 4}
-    result["n_wordless"] = 5
-    lossy, too_long, wordless, ends_cut, equal = notes_on_texts("exact_match", result, 64)
+    result |= {"n_wordless": 5, "n_single": 6}
+    lossy, too_long, wordless, ends_cut, equal, single = notes_on_texts("exact_match", result, 64)
     assert lossy.startswith("2 of 9 targets have characters that the tokenizer cannot write")
     assert too_long.startswith("3 of 9 targets have more than 64 tokens (--max-new-tokens)")
     assert wordless.startswith("5 of 9 targets have no letter from a to z and no digit")
     assert ends_cut.startswith("1 of 9 targets has more tokens than --max-target-length")
     assert equal.startswith("4 of 9 rows have two choices that are the same text to the tokenizer")
+    assert single == "6 of 9 rows have a single choice, which is always right"
     assert notes_on_texts("exact_match", {"n": 9, "n_lossy": 0, "n_too_long": 0}, 64) == []
+
+
+def test_ties_between_choices_are_said_in_words_and_a_wider_dtype_is_named_if_there_is_one():
+    text = "14 of 277 rows have two best choices with equal scores, and the first counts"
+    result = {"n": 277, "n_tied": 14}
+    assert notes_on_ties(result, "bfloat16") == [f"{text}: --dtype float32 tells them apart"]
+    assert notes_on_ties(result, "float32") == [text]
+    assert notes_on_ties({"n": 277, "n_tied": 0}, "bfloat16") == notes_on_ties({"n": 1}, "") == []
 
 
 @pytest.mark.parametrize("metric", sorted(TEXT_METRICS))
@@ -365,6 +375,25 @@ def test_a_run_says_how_many_rows_have_two_choices_that_are_one_text(tmp_path, c
     assert run(words(tmp_path / "all", task=write(tmp_path / "b", train=rows, test=rows))) == 0
     equal = "note     2 of 8 rows have two choices that are the same text to the tokenizer"
     assert equal in capsys.readouterr().out
+
+
+def test_a_run_says_how_many_rows_have_ties_or_a_single_choice(tmp_path, capsys, monkeypatch):
+    rows = choice_rows(["w3", "w4"] * 5)
+    for row in rows[7:9]:
+        row |= {"choices": ["w4"], "label": 0}
+    folder = write(tmp_path / "data", train=rows[:5], test=rows[5:])
+    scores_NC = torch.zeros(5, 2)
+    scores_NC[2:4, 1] = -torch.inf  # the rows with a single choice
+    scores_NC[4, 0] = 1
+    monkeypatch.setattr("minia3.inference.evaluation.score_examples", lambda *_, **__: scores_NC)
+    assert run(words(tmp_path / "run", task=folder, steps=1, dtype="bfloat16")) == 0
+    begin, _, end = capsys.readouterr().out.partition("\nafter ")
+    ties = "note     2 of 5 rows have two best choices with equal scores, and the first counts: "
+    assert ties in begin
+    assert ties in end
+    assert "note     2 of 5 rows have a single choice, which is always right\n" in begin
+    final = metrics(tmp_path / "run")[-1]
+    assert (final["n_tied"], final["n_single"]) == (2, 2)
 
 
 @pytest.mark.parametrize("name", ["t5", "llama"])
