@@ -256,7 +256,7 @@ def message_of_unequal_steps(folder, is_after):
 def test_unequal_numbers_of_passes_are_an_error_and_not_wrong_gradients(name, is_after, peer):
     messages = on_ranks(2, message_of_unequal_steps, peer(name).folder, is_after)
     for message in messages:
-        assert "not in step: their passes are [" in message
+        assert "out of step: their passes are [" in message
     assert len(set(messages)) == 1
 
 

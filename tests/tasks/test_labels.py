@@ -324,7 +324,7 @@ def test_words_for_words_are_refused_once_and_not_in_each_row(tmp_path):
     # "add it to train, or to --labels" stood behind each row, and the words are in train.
     words = (
         r"rows\.jsonl: 'label' has the labels e, n, c, and --labels names none of them: .* which "
-        "for which, with 'labels', 'choices' and 'prompts'"
+        "word stands for which, with 'labels', 'choices' and 'prompts'"
     )
     with pytest.raises(ValueError, match=rf"\A[^;\n]*{words}\Z"):
         load(tmp_path, ["e", "n", "c"] * 2, labels="entailment,neutral,contradiction")
