@@ -317,9 +317,8 @@ def in_order_of_numbers(scores_NC, number_NC):
 
 def have_same_choices(rendered):
     """Return whether all rows have the same choices, in any order, and each of them only once."""
-    choices = {frozenset(row.choices) for row in rendered}
-    n_choices = {len(row.choices) for row in rendered}
-    return len(choices) == 1 and n_choices == {len(*choices)}
+    first = set(rendered[0].choices)
+    return all(set(row.choices) == first and len(row.choices) == len(first) for row in rendered)
 
 
 def commonest_share(metric, right_N):
