@@ -146,8 +146,8 @@ class Config:
     )
     log_to: str | None = flag(
         None,
-        "also send metrics to some of tensorboard,wandb,mlflow (default: only metrics.jsonl; with "
-        "--resume, none stops sending them)",
+        "also send metrics to some of tensorboard,wandb,mlflow (default: only metrics.jsonl; in a "
+        "resumed run, none stops sending them)",
         some_of=(*TRACKERS, "none"),
     )
     device: str | None = flag(
