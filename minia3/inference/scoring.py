@@ -190,7 +190,7 @@ def text_logprobs(model, batch, adapter):
         packing = Packing(is_read_BR, device, model.blocks[0])
 
     state = model.start(ids_BS[:, :1], None, adapter)  # reads nothing: it leaves out the last token
-    x_PD = model.run_blocks(ids_BS[:, :-1], state, packing).flatten(0, 1)
+    x_PD = model.run_blocks(ids_BS[:, :-1], state, packing, keeps_kv=False).flatten(0, 1)
 
     place_T = true_places(texts.is_scored_BS[:, 1:], device)
     next_T = ids_BS[:, 1:].flatten()[place_T]

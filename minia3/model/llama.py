@@ -186,12 +186,13 @@ class Llama(nn.Module):
         state.end_step()
         return logits_BLV
 
-    def run_blocks(self, tokens, state, packing=NO_PACKING, kv_only=False):
+    def run_blocks(self, tokens, state, packing=NO_PACKING, kv_only=False, keeps_kv=True):
         """Continue with tokens (B, L), and return what the head reads (B, L, D).
 
         packing: the Packing that leaves out the padding of a prompt. kv_only: fill the caches, and
         return None, because nothing else of a prompt is needed. The last block then stops after its
-        keys and values.
+        keys and values. keeps_kv: False if no step follows, so that nothing reads a block's keys
+        and values once the block has run.
         """
         tokens_BL = state.append_columns(tokens)
         self.warn_if_too_long(state.longest())
@@ -201,6 +202,8 @@ class Llama(nn.Module):
         last_block = self.blocks[-1]
         for block, cache in zip(self.blocks, state.caches, strict=True):
             x = block(x, context, cache, kv_only and block is last_block)
+            if not keeps_kv:
+                cache.kv = None
         if kv_only:
             return None
         state.check_adapters(self)  # another thread may have removed one meanwhile

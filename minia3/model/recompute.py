@@ -160,7 +160,7 @@ class _Scaled(torch.autograd.Function):
 
 
 def recompute_blocks(blocks):
-    """Make each block keep only its input, and its keys and values, for the backward pass."""
+    """Make each block keep only its input for the backward pass, beside what stays in its cache."""
     for block in blocks:
         # A partial is copied and pickled with its arguments, so a copy of the block runs the copy.
         block.forward = partial(_recomputed_forward, block)

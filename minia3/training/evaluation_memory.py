@@ -108,9 +108,10 @@ def planned_evaluation(group, shape):
 def peak_of_evaluation(model_config, dtype, shape, sharded=False):
     """Return the most bytes that tensors take while a batch is scored, beyond the weights.
 
-    sharded: see `peak_of_step`.
+    sharded: see `peak_of_step`. The keys and values of a LLaMA's texts are kept, because texts that
+    are generated need them. (Scoring a given text takes less.)
     """
     with FakeTensorMode():
         model = model_without_values(model_config, dtype).eval()
-        score = partial(score_without_padding, model, sharded=sharded)
+        score = partial(score_without_padding, model, sharded=sharded, keeps_kv=True)
         return peak_beyond_weights(score, model, shape)

@@ -112,17 +112,17 @@ def measure_peak(model, tokens_BL, length, is_training):
     return counter.peak
 
 
-def planned_logprobs(model, source_BM, target_BL):
+def planned_logprobs(model, source_BM, target_BL, keeps_kv=False):
     """Return the log-probabilities (B, L) of one target per source, as training computes them.
 
     This is `choice_logprobs` without masks: fake tensors have no values, so nothing can tell where
-    their padding is.
+    their padding is. keeps_kv: see `Llama.run_blocks`.
     """
     if not isinstance(model, Llama):
         return logprobs(model, model.start(source_BM), target_BL)
     text_BS = torch.cat((source_BM, target_BL), dim=1)
     state = model.start(text_BS[:, :1])
-    x_BRD = model.run_blocks(text_BS[:, :-1], state)
+    x_BRD = model.run_blocks(text_BS[:, :-1], state, keeps_kv=keeps_kv)
     x_TD = x_BRD[:, -target_BL.shape[1] :].flatten(0, 1)
     logp_T = target_logprobs(x_TD, model.head_weight, target_BL.flatten())
     return logp_T.view(target_BL.shape)
@@ -161,11 +161,15 @@ def peak_beyond_weights(function, model, shape):
     return counter.peak - n_before
 
 
-def score_without_padding(model, source_BM, target_BCL, sharded=False):
-    """Return a scalar to call `backward` on: the sum of what `choice_logprobs` returns."""
+def score_without_padding(model, source_BM, target_BCL, sharded=False, keeps_kv=False):
+    """Return a scalar to call `backward` on: the sum of what `choice_logprobs` returns.
+
+    sharded: whether processes hold the base together. keeps_kv: whether a LLaMA keeps the keys and
+    values of texts with a single target.
+    """
     n_examples, n_choices, length = target_BCL.shape
     if n_choices == 1:
-        return planned_logprobs(model, source_BM, target_BCL[:, 0]).sum()
+        return planned_logprobs(model, source_BM, target_BCL[:, 0], keeps_kv).sum()
     state = model.start(source_BM)
 
     def score(target_BCL):

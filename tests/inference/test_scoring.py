@@ -12,6 +12,7 @@ from batches import batch_of, gradients, loss_of, same
 from conftest import tokens as random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peaks import peak_beyond_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from word_models import (
@@ -28,13 +29,16 @@ from word_models import (
 from words import word_tokenizer
 
 import minia3
+from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.checkpoints.load import build_model
+from minia3.checkpoints.place import place_parameter
 from minia3.inference.scoring import (
     choice_logprobs,
     logprobs_of_choices,
     score_examples,
     total_logprobs,
 )
+from minia3.model.recompute import recompute_blocks
 from minia3.model.target_logprobs import widen
 from minia3.tasks.batches import collate
 from minia3.tasks.examples import Example
@@ -572,6 +576,35 @@ def test_more_turns_take_no_more_memory_than_their_ids_and_results(name, loaded,
 
 
 # One target per source: a LLaMA reads both in one pass
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+def test_one_pass_drops_the_keys_and_values_of_a_block_that_has_run(is_training):
+    """So each further layer takes nothing; in training with --recompute, its input."""
+    n_rows, n_source, n_target = (4, 16, 5)
+    sizes = {"d_model": 64, "d_ff": 128, "n_heads": 4, "n_kv_heads": 4, "d_head": 16}
+    config = replace(KNOWN_MODELS["smollm2-135m"].config, vocab_size=256, **sizes)
+
+    def peak(n_layers):
+        model = build_model(replace(config, n_layers=n_layers)).train()
+        for name, parameter in list(model.named_parameters()):
+            place_parameter(model, name, torch.zeros(parameter.shape))
+        minia3.freeze(model)
+        recompute_blocks(model.blocks)
+
+        def score(batch):
+            with torch.set_grad_enabled(is_training):
+                logp = choice_logprobs(model, batch)
+                if is_training:
+                    logp.sum().backward()
+
+        return peak_beyond_weights(model, (n_rows, n_source, 1, n_target), score)
+
+    bytes_of_input = 0
+    if is_training:
+        n_read = n_rows * (n_source + n_target - 1)
+        bytes_of_input = n_read * config.d_model * torch.float32.itemsize
+    assert peak(16) - peak(12) == 4 * bytes_of_input
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral"])
