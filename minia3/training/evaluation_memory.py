@@ -25,7 +25,7 @@ from minia3.training.memory_plan import (
     StepShape,
     extrapolate_depth,
     model_without_values,
-    peak_beyond_weights,
+    peaks_beyond_weights,
     score_without_padding,
 )
 
@@ -101,17 +101,19 @@ def planned_evaluation(group, shape):
     """Return the bytes that the tensors of a batch take at once, beyond the weights."""
     model = group.model
     options = {"dtype": model.embed.weight.dtype, "sharded": is_sharded(model)}
-    return extrapolate_depth(partial(peak_of_evaluation, shape=shape, **options), model.config)
+    peaks = extrapolate_depth(partial(peaks_of_evaluation, shape=shape, **options), model.config)
+    return int(peaks.max())
 
 
 @torch.no_grad()
-def peak_of_evaluation(model_config, dtype, shape, sharded=False):
-    """Return the most bytes that tensors take while a batch is scored, beyond the weights.
+def peaks_of_evaluation(model_config, dtype, shape, sharded=False):
+    """Return the most bytes that tensors take in each part of scoring a batch, beyond the weights:
+    an array, see `count_in_parts`.
 
-    sharded: see `peak_of_step`. The keys and values of a LLaMA's texts are kept, because texts that
-    are generated need them. (Scoring a given text takes less.)
+    sharded: see `peaks_of_step`. The keys and values of a LLaMA's texts are kept, because texts
+    that are generated need them. (Scoring a given text takes less.)
     """
     with FakeTensorMode():
         model = model_without_values(model_config, dtype).eval()
         score = partial(score_without_padding, model, sharded=sharded, keeps_kv=True)
-        return peak_beyond_weights(score, model, shape)
+        return peaks_beyond_weights(score, model, shape)

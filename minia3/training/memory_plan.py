@@ -12,6 +12,7 @@ import weakref
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,6 +33,8 @@ TARGET_LENGTH = 8  # tokens of a target in training
 class MemoryCounter(TorchDispatchMode):
     """Counts the bytes of all tensors that are alive: `now`, and the most so far, `peak`.
 
+    `peaks` has the most bytes of each part, if `begin_part` divides what runs into parts.
+
     It sees every tensor that an operation returns, fake or real, and is told by the garbage
     collector when its storage is freed. Views share a storage, which counts once.
     """
@@ -40,7 +43,14 @@ class MemoryCounter(TorchDispatchMode):
         super().__init__()
         self.finalizers = {}  # address of a storage -> what runs when it is freed
         self.now = 0
-        self.peak = 0
+        self.peaks = [0]
+
+    @property
+    def peak(self):
+        return max(self.peaks)
+
+    def begin_part(self):
+        self.peaks.append(self.now)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.prim.device.default:
@@ -58,7 +68,7 @@ class MemoryCounter(TorchDispatchMode):
         if key not in self.finalizers:
             self.finalizers[key] = weakref.finalize(storage, self.remove, key, n_bytes)
             self.now += n_bytes
-            self.peak = max(self.peak, self.now)
+            self.peaks[-1] = max(self.peaks[-1], self.now)
 
     def remove(self, key, n_bytes):
         del self.finalizers[key]
@@ -144,8 +154,9 @@ class StepShape(NamedTuple):
         return self.n_examples * (self.source_length + self.n_choices * self.target_length)
 
 
-def peak_beyond_weights(function, model, shape):
-    """Return the most bytes that tensors take while function(source_BM, target_BCL) runs.
+def peaks_beyond_weights(function, model, shape):
+    """Return an array: the most bytes that tensors take in each part of function(source_BM,
+    target_BCL), which runs the model. `count_in_parts` says what the parts are.
 
     Call this within FakeTensorMode. The parameters of the model and the ids do not count.
     """
@@ -156,9 +167,35 @@ def peak_beyond_weights(function, model, shape):
     for tensor in (*model.parameters(), source_BM, target_BCL):
         counter.add(tensor)
     n_before = counter.now
+    count_in_parts(model, counter)
     with counter:
         function(source_BM, target_BCL)
-    return counter.peak - n_before
+    return np.array(counter.peaks) - n_before
+
+
+def count_in_parts(model, counter):
+    """Let `counter` begin a part when some blocks of each stack begin, and when the last one ends.
+
+    In the forward pass these are the first block, the second and the last; in the backward pass,
+    the last, the one before it, and the first. So models with three layers or more have the same
+    parts, and with each further layer the peak of a part grows by the same number of bytes. The
+    peak of the whole need not, because it may move from one part to another.
+    """
+
+    def begin_part(*_):
+        counter.begin_part()
+
+    def begin_part_in_backward(block, arguments, out):
+        if isinstance(out, torch.Tensor) and out.requires_grad:  # unlike keys and values alone
+            out.register_hook(begin_part)
+
+    stacks = [module.blocks for module in model.modules() if hasattr(module, "blocks")]
+    for blocks in stacks:
+        for block in {*blocks[:2], blocks[-1]}:
+            block.register_forward_pre_hook(begin_part)
+        for block in {blocks[0], *blocks[-2:]}:
+            block.register_forward_hook(begin_part_in_backward)
+        blocks[-1].register_forward_hook(begin_part)
 
 
 def score_without_padding(model, source_BM, target_BCL, sharded=False, keeps_kv=False):
@@ -186,17 +223,21 @@ def score_without_padding(model, source_BM, target_BCL, sharded=False, keeps_kv=
     return total
 
 
-def extrapolate_depth(peak, model_config):
-    """Return peak(model_config), extrapolated from models with two and three layers per stack.
+def extrapolate_depth(count, model_config):
+    """Return count(model_config), extrapolated from stacks with three and four layers.
 
-    peak: a function from the config of a model to bytes.
+    count: a function from the config of a model to a number, or to an array of numbers. Each of
+    them grows by the same amount with each layer of a stack after the third.
     """
-    fields = [name for name in LAYER_FIELDS if hasattr(model_config, name)]
-    shallow = replace(model_config, **dict.fromkeys(fields, 2))
-    two_layers = peak(shallow)
-    total = two_layers
-    for name in fields:
-        n_more = getattr(model_config, name) - 2
-        if n_more != 0:
-            total += n_more * (peak(replace(shallow, **{name: 3})) - two_layers)
+    depths = {}
+    for name in LAYER_FIELDS:
+        if hasattr(model_config, name):
+            depths[name] = getattr(model_config, name)
+    shallow = replace(model_config, **{name: min(depth, 3) for name, depth in depths.items()})
+    first_layers = count(shallow)
+    total = first_layers
+    for name, depth in depths.items():
+        if depth > 3:
+            fourth_layer = count(replace(shallow, **{name: 4})) - first_layers
+            total = total + (depth - 3) * fourth_layer
     return total

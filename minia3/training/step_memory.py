@@ -1,8 +1,9 @@
 """Before a run trains: does a step fit into the memory that is free, and if not, what does?
 
 The step is planned on fake tensors (memory_plan.py), with the longest source and the longest
-choices of the run, once with two layers in each stack and once with three: each further layer takes
-as much as the third one. This takes half a second whatever the size of the model.
+choices of the run, once with three layers in each stack and once with four. In each part of the
+step, each further layer takes as much as the fourth one (`count_in_parts`). This takes a
+second or two, whatever the size of the model.
 
 Shapes: B examples, M source length, C choices, L tokens of a choice.
 """
@@ -22,7 +23,7 @@ from minia3.training.memory_plan import (
     StepShape,
     extrapolate_depth,
     model_without_values,
-    peak_beyond_weights,
+    peaks_beyond_weights,
     score_without_padding,
 )
 from minia3.training.methods import trainable_parameters
@@ -98,13 +99,14 @@ def bytes_of_trained(group):
 
 
 def planned_activations(model_config, dtype, shape, config, sharded=False):
-    """Return `peak_of_step` for a model of any depth, in half a second."""
+    """Return the largest of `peaks_of_step` for a model of any depth, in a second or two."""
     options = {"dtype": dtype, "shape": shape, "config": config, "sharded": sharded}
-    return extrapolate_depth(partial(peak_of_step, **options), model_config)
+    return int(extrapolate_depth(partial(peaks_of_step, **options), model_config).max())
 
 
-def peak_of_step(model_config, dtype, shape, config, sharded=False):
-    """Return the most bytes that tensors take in a forward and backward pass, beyond the weights.
+def peaks_of_step(model_config, dtype, shape, config, sharded=False):
+    """Return the most bytes that tensors take in each part of a forward and backward pass, beyond
+    the weights: an array, see `count_in_parts`.
 
     config: the flags of the run; what trains, dropout and recomputation change what is kept.
     (--layers is not looked at: the vectors of all layers train here.) sharded: whether processes
@@ -119,4 +121,4 @@ def peak_of_step(model_config, dtype, shape, config, sharded=False):
         def step(source_BM, target_BCL):
             score_without_padding(model, source_BM, target_BCL, sharded).backward()
 
-        return peak_beyond_weights(step, model, shape)
+        return peaks_beyond_weights(step, model, shape)

@@ -160,7 +160,7 @@ def test_a_step_of_a_real_model_costs_two_thirds_of_full_fine_tuning(name, n_our
             lambda: minia3.logprobs(model, model.start(source_BM), target_BL).sum().backward()
         )
 
-    # Every layer after the second one costs what the third one costs.
+    # Every layer after the third one costs what the fourth one costs.
     config = KNOWN_MODELS[name].config
     assert extrapolate_depth(functools.partial(flops, is_frozen=False), config) == n_full
     assert extrapolate_depth(functools.partial(flops, is_frozen=True), config) == n_ours

@@ -46,7 +46,7 @@ from minia3.training.losses import total_loss
 from minia3.training.memory_plan import StepShape, planned_memory
 from minia3.training.optimizer import Adafactor, AdamW
 from minia3.training.replicas import sum_step
-from minia3.training.step_memory import peak_of_step
+from minia3.training.step_memory import peaks_of_step
 
 PACKAGE = Path(minia3.__file__).parent
 SUFFIXED = re.compile(r"[a-z][a-z0-9_]*_([A-Z1]*[A-Z][A-Z1]*)")
@@ -352,7 +352,7 @@ def run_elsewhere(model):
 def plan(model):
     planned_memory(model.config, torch.float32, N_ROWS, N_SOURCE, True)
     step_shape = StepShape(N_ROWS, N_SOURCE, N_CHOICES, N_TARGET)
-    peak_of_step(model.config, torch.float32, step_shape, train.Config())
+    peaks_of_step(model.config, torch.float32, step_shape, train.Config())
 
 
 def use_quantized(model):

@@ -26,7 +26,7 @@ from minia3.training import memory_fit, step_memory
 from minia3.training.memory_fit import upper_bound
 from minia3.training.memory_plan import StepShape, extrapolate_depth
 from minia3.training.methods import trainable_parameters
-from minia3.training.step_memory import peak_of_step
+from minia3.training.step_memory import peaks_of_step
 
 SMALL = dict.fromkeys(("n_layers", "n_decoder_layers"), 2)
 CONFIGS = {
@@ -45,6 +45,11 @@ def real_peak(shape, flags=FLAGS, name="tiny-t5"):
     return peak_beyond_weights(
         model, shape, lambda batch: choice_logprobs(model, batch).sum().backward()
     )
+
+
+def peak_of_step(*arguments, **options):
+    """Return what the tensors of a step of this depth take, on fake tensors."""
+    return peaks_of_step(*arguments, **options).max()
 
 
 @functools.cache
@@ -111,29 +116,62 @@ def test_the_plan_of_a_lora_from_a_file_has_its_rank_and_its_linears():
     assert step_memory.planned_step(group, StepShape(4, 20, 2, 3)) == expected
 
 
+FIVE = dict.fromkeys(LAYER_FIELDS, 5)
+DEEP = {
+    "t5": replace(CONFIGS["t5"], **FIVE),
+    "gated t5": replace(CONFIGS["gated t5"], **FIVE),
+    "llama": replace(CONFIGS["llama"], n_layers=5),
+    "deep t5": replace(CONFIGS["t5"], n_layers=12, n_decoder_layers=7),
+    # As many heads of keys and values as of queries, so that the caches take as much as they can
+    "deep llama": replace(CONFIGS["llama"], n_layers=12, n_kv_heads=9),
+}
+RECOMPUTE = replace(FLAGS, recompute=True, dropout=0.0)
+
+
+# In some of these steps, the peak of a model with three layers lies elsewhere than that of a deep
+# one: in the backward pass instead of the forward pass, or in the encoder instead of the decoder.
 @counted_with_this_torch
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_layers_beyond_the_third_are_like_the_third(kind):
-    shape = StepShape(4, 32, 2, 4)
-    fields = [name for name in LAYER_FIELDS if hasattr(CONFIGS[kind], name)]
-    deep = replace(CONFIGS[kind], **dict.fromkeys(fields, 5))
+@pytest.mark.parametrize(
+    ("kind", "flags", "shape"),
+    [
+        ("t5", FLAGS, (4, 32, 2, 4)),
+        ("gated t5", FLAGS, (4, 32, 2, 4)),
+        ("llama", FLAGS, (4, 32, 2, 4)),
+        ("deep llama", RECOMPUTE, (4, 64, 1, 4)),
+        pytest.param("deep llama", RECOMPUTE, (4, 64, 3, 4), marks=pytest.mark.slow),
+        pytest.param("deep t5", RECOMPUTE, (4, 64, 3, 8), marks=pytest.mark.slow),
+        # Its choices take turns.
+        pytest.param("deep t5", FLAGS, (300, 3, 8, 3), marks=pytest.mark.slow),
+    ],
+)
+def test_layers_beyond_the_fourth_are_like_the_fourth(kind, flags, shape):
+    shape = StepShape(*shape)
     embed = SimpleNamespace(weight=torch.zeros(1))
-    model = SimpleNamespace(config=deep, embed=embed)
-    group = SimpleNamespace(model=model, config=FLAGS, n_trained=0, cells=[])
-    extrapolated = step_memory.planned_step(group, shape)
-    # A few per cent, because the peak may lie in another layer of a deeper model.
-    assert extrapolated == pytest.approx(peak_of_step(deep, torch.float32, shape, FLAGS), rel=0.05)
+    model = SimpleNamespace(config=DEEP[kind], embed=embed)
+    group = SimpleNamespace(model=model, config=flags, n_trained=0, cells=[])
+    expected = peak_of_step(DEEP[kind], torch.float32, shape, flags)
+    assert step_memory.planned_step(group, shape) == expected
 
 
-def test_a_third_layer_is_planned_only_in_a_stack_that_is_not_two_deep():
+@pytest.mark.parametrize(
+    ("depths", "planned_depths"),
+    [
+        ((3, 5), [(3, 3), (3, 4)]),
+        ((5, 4), [(3, 3), (4, 3), (3, 4)]),
+        ((2, 9), [(2, 3), (2, 4)]),
+        ((1, 3), [(1, 3)]),
+    ],
+)
+def test_a_fourth_layer_is_planned_only_in_a_stack_that_has_it(depths, planned_depths):
     planned = []
 
-    def peak(config):
+    def count(config):
         planned.append((config.n_layers, config.n_decoder_layers))
         return 7 * config.n_layers + 5 * config.n_decoder_layers
 
-    assert extrapolate_depth(peak, replace(CONFIGS["t5"], n_decoder_layers=4)) == 34
-    assert planned == [(2, 2), (2, 3)]
+    config = replace(CONFIGS["t5"], n_layers=depths[0], n_decoder_layers=depths[1])
+    assert extrapolate_depth(count, config) == 7 * depths[0] + 5 * depths[1]
+    assert planned == planned_depths
 
 
 # A T5's own dropout is 0.1, and a LLaMA's is 0, with which a step keeps less.
@@ -168,10 +206,10 @@ def plans_once(monkeypatch):
     def plan(model_config, *, shape, **options):
         key = (model_config, shape)
         if key not in planned:
-            planned[key] = peak_of_step(model_config, shape=shape, **options)
+            planned[key] = peaks_of_step(model_config, shape=shape, **options)
         return planned[key]
 
-    monkeypatch.setattr(step_memory, "peak_of_step", plan)
+    monkeypatch.setattr(step_memory, "peaks_of_step", plan)
 
 
 def test_a_step_that_does_not_fit_is_a_note_with_the_size_that_does(
