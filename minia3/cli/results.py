@@ -125,11 +125,23 @@ class Run:
         for adapter, outcome in self.outcomes.items():
             if outcome == "failed":
                 missing.append(f"{self.folder}: {adapter}")
+        for line in self.lines:
+            if line["event"] == "final" and line["accuracy"] is None:
+                missing.append(f"{self.folder}: {self.name_of(line)}")
         n_to_come = count_cells(self.config) - len(self.outcomes)
         if n_to_come:
             adapters = plural(n_to_come, "adapter")
             missing.append(f"{self.folder}: {n_to_come} {adapters} to come")
         return missing
+
+    def name_of(self, final):
+        """Return what tells a final line from the others of this run."""
+        names = []
+        if "adapter" in final:
+            names.append(final["adapter"])
+        if is_mixture(self.config):
+            names.append(final["task"])
+        return ": ".join(names)
 
 
 def read_results(folders):

@@ -414,6 +414,31 @@ def test_a_run_without_labeled_rows_is_left_out(tmp_path):
     assert note.startswith("1 left out, because metrics.jsonl has no result")
 
 
+def test_an_adapter_without_labeled_rows_is_left_out_of_its_grid(tmp_path):
+    finals = [{"task": "rte", "adapter": "rte"}]
+    finals.append({"task": "b", "adapter": "b", "accuracy": None, "tokens": None})
+    folder = make_run(tmp_path / "run", finals, task=["rte", "b"])
+    (result,), note = read_results([tmp_path])
+    assert result.task == "rte"
+    assert note == f"1 left out, because metrics.jsonl has no result: {folder}: b"
+
+
+@pytest.mark.parametrize("seed", [0, [0, 1]])
+def test_a_task_without_labeled_rows_is_left_out_of_its_mixture(seed, tmp_path):
+    adapters = [{"adapter": f"s{i}", "seed": i} for i in range(2)] if seed else [{}]
+    finals = []
+    for adapter in adapters:
+        finals.append({**adapter, "task": "rte"})
+        finals.append({**adapter, "task": "b", "accuracy": None, "tokens": None})
+    flags = {"task": ["rte", "b"], "adapters": "one", "seed": seed}
+    folder = make_run(tmp_path / "run", finals, **flags)
+    results, note = read_results([tmp_path])
+    assert [result.task for result in results] == ["rte"] * len(adapters)
+    names = ["s0: b", "s1: b"] if seed else ["b"]
+    assert note.endswith(" has no result: " + ", ".join(f"{folder}: {name}" for name in names))
+    assert note.startswith(f"{len(names)} left out")
+
+
 def test_a_run_that_is_given_twice_counts_once(tmp_path):
     folder = make_run(tmp_path / "run")
     results, note = read_results([tmp_path, folder, folder / ".." / "run"])
