@@ -168,11 +168,14 @@ def read_results(folders):
     tell_data_apart(results)
     tell_weights_apart(results)
     distinct = {}
+    repeated = []
     for result in results:
-        distinct.setdefault(result.identity, result)
-    n_repeated = len(results) - len(distinct)
-    if n_repeated:
-        notes.append(f"{n_repeated} left out, because their flags equal those of other results")
+        if distinct.setdefault(result.identity, result) is not result:
+            repeated.append(result.run_folder)
+    if repeated:
+        names = join_paths(list(dict.fromkeys(repeated)))
+        reason = "their flags equal those of other results"
+        notes.append(f"{len(repeated)} left out, because {reason}: {names}")
     return list(distinct.values()), "; ".join(notes)
 
 

@@ -452,7 +452,11 @@ def test_the_first_of_several_repetitions_counts_and_the_others_are_reported(tmp
     make_run(tmp_path / "grid", finals, seed=[0, 1, 2])
     results, note = read_results([tmp_path])
     assert [result.adapter_folder.name for result in results] == ["s0", "s1", "s2"]
-    assert note == "1 left out, because their flags equal those of other results"
+    reason = "because their flags equal those of other results"
+    assert note == f"1 left out, {reason}: {tmp_path / 'later'}"
+    again = make_run(tmp_path / "more than once", finals, seed=[0, 1, 2])
+    _, note = read_results([tmp_path])
+    assert note == f"4 left out, {reason}: {tmp_path / 'later'} '{again}'"
 
 
 def test_adapters_that_failed_or_are_to_come_are_reported(tmp_path):
