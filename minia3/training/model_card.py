@@ -14,12 +14,13 @@ from pathlib import Path
 
 from minia3 import __version__
 from minia3.checkpoints.known_models import hub_name, public_name
-from minia3.files.messages import plural
+from minia3.files.messages import part_of, plural
 from minia3.files.write import replacing
 from minia3.tasks.download import HUB
 from minia3.tasks.known_tasks import known_tasks
 from minia3.tasks.split_files import HUB_PREFIX
 from minia3.training.choices import DTYPES, TRAINED_ALONE
+from minia3.training.doubts import notes_on_texts
 from minia3.training.flags import as_tuple
 from minia3.training.report import before_after, figure_of, format_value
 from minia3.training.shown_commands import training_command
@@ -51,7 +52,7 @@ class Facts:
     n_base: str
     share: str
     front_matter: str  # lines that the hub reads, whatever the method
-    results: str  # a Markdown table
+    results: str  # a Markdown table, and what limits its figures
     origin: str  # how it was made, and from which files
     auto_class: str
     place: str  # a comment beside the base, if the reader must put it there
@@ -215,7 +216,7 @@ def collect_facts(config, finals, checksums):
         n_base=f"{final['total']:,}",
         share=f"{final['trainable'] / final['total']:.3%}",
         front_matter=front_matter,
-        results=results_table(finals),
+        results=describe_results(config, finals),
         origin=describe_origin(config, final, checksums),
         auto_class=auto_class,
         place=place,
@@ -325,6 +326,27 @@ def code_of_base(name, auto_class):
     return f"{comment}base = {auto_class}.from_pretrained({base!r})"
 
 
+def describe_results(config, finals):
+    """Return the table of the results, and a paragraph for each limit and each doubt."""
+    paragraphs = [results_table(finals)]
+    for final in finals:
+        prefix = f"{final['task']}: " if len(finals) > 1 else ""
+        paragraphs += [f"**Note:** {prefix}{text}." for text in notes_on_inputs(config, final)]
+    for final in finals:
+        paragraphs += [f"**Warning:** {text}." for text in final.get("warnings", ())]
+    return "\n\n".join(paragraphs)
+
+
+def notes_on_inputs(config, final):
+    """Return what limits a result, as the run has printed it: words that the model did not see."""
+    notes = notes_on_texts(final["metric"], final | {"n": final["rows"]}, config.max_new_tokens)
+    if final["rows_cut"]:
+        inputs = part_of(final["rows_cut"], final["rows"], "input")
+        verb = "was" if final["rows_cut"] == 1 else "were"
+        notes.append(f"{inputs} {verb} cut to {config.max_length} tokens (--max-length)")
+    return notes
+
+
 def results_table(finals):
     """Return a Markdown table of the metrics before and after training, with a title per task."""
     title = ""
@@ -346,9 +368,6 @@ def results_table(finals):
             share = format_value(final["commonest"], ".1%")
             name = f"{prefix}{metric} of always giving the commonest label"
             lines.append(format_line(name, [share, share]))
-    for final in finals:
-        for text in final.get("warnings", ()):
-            lines.append(f"\n**Warning:** {text}.")
     return "\n".join(lines)
 
 

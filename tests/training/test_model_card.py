@@ -243,6 +243,20 @@ def test_the_commonest_label_and_the_doubts_stand_beside_the_result():
     assert "**Warning:**" not in make_card()
 
 
+def test_what_limits_a_figure_stands_beside_it():
+    """The run printed it, and the card had the figure alone."""
+    config = train.Config(max_length=512, max_new_tokens=64)
+    cut = {"rows": 12, "rows_cut": 3}
+    text = make_card(config, cut | {"metric": "exact_match", "n_lossy": 0, "n_too_long": 2})
+    too_long = "2 of 12 targets have more than 64 tokens (--max-new-tokens), which cannot be"
+    was_cut = "3 of 12 inputs were cut to 512 tokens (--max-length)"
+    assert f"|\n\n**Note:** {too_long} matched.\n\n**Note:** {was_cut}.\n\n" in text
+    text = make_card(config, cut | {"task": "a", "rows_cut": 1}, {"task": "b", "n_equal": 4})
+    assert "**Note:** a: 1 of 12 inputs was cut to 512 tokens (--max-length).\n" in text
+    assert "**Note:** b: 4 of 1024 rows have two choices that are the same text" in text
+    assert "**Note:**" not in make_card(config, {"n_lossy": 0, "n_equal": 0})
+
+
 def test_a_perplexity_is_shown_as_such():
     values = {"metric": "inverse_perplexity", "perplexity_before": 12.5, "perplexity": 2.25}
     text = make_card(None, {**values, "auc": None})
