@@ -217,16 +217,18 @@ class TrainingLog:
         were not finite, so it has answered nothing.
         """
         for cell, cell_results in results.items():
-            if cell_results is None:
+            is_finite = cell_results is not None
+            if not is_finite:
                 cell_results = [no_answers(len(part.held_out_rows)) for part in cell.assignments]
             for assignment, result in zip(cell.assignments, cell_results, strict=True):
-                self.write_evaluation(cell, assignment.task, result)
+                self.write_evaluation(cell, assignment.task, result, is_finite)
         self.evaluated_at = self.step
 
-    def write_evaluation(self, cell, task, result):
+    def write_evaluation(self, cell, task, result, is_finite):
         key = cell.key_of(task)
         self.run.write("eval", step=self.step, metric=task.metric, **key, **result)
-        text = f"{cell.title_of(task)}{describe(task.metric, result)}, held out"
+        text = describe(task.metric, result) if is_finite else "the scores are not finite"
+        text = f"{cell.title_of(task)}{text}, held out"
         tqdm.write(f"step {self.step:>6}  {text}", file=sys.stdout)
 
 

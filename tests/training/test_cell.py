@@ -82,7 +82,7 @@ def test_the_vectors_of_the_last_step_may_be_the_best(tmp_path, monkeypatch):
         assert torch.equal(tensor, expected[name])
 
 
-def test_a_run_that_diverges_saves_the_last_finite_vectors(tmp_path, monkeypatch):
+def test_a_run_that_diverges_saves_the_last_finite_vectors(tmp_path, monkeypatch, capsys):
     """The rate of step 1 is 0, step 2 makes the vectors large, and step 3 makes them overflow."""
     accuracies = {1: 0.4, 2: 0.5, 3: 0.5}
     seen = {}
@@ -99,6 +99,7 @@ def test_a_run_that_diverges_saves_the_last_finite_vectors(tmp_path, monkeypatch
     assert all((table == 1).all() for table in seen[1].values())
     assert max(table.abs().max() for table in seen[2].values()) > 1e20
     assert seen.keys() == {1, 2}  # the scores of step 3 are not finite, so it has no accuracy
+    assert "step      3  the scores are not finite, held out\n" in capsys.readouterr().out
     check_saved(out, seen[2], tmp_path / "expected")
 
 
