@@ -17,8 +17,8 @@ from minia3.training.learned import family_of, learned_tasks
 
 # A note for a run that trains nothing, on a file that is split in three.
 ONLY_A_PART = (
-    "only test, a tenth of these rows, is evaluated: for all of them, if none was trained on, give "
-    "a folder whose only file is named test, such as test.csv"
+    "only test, which is {n_rows} of these rows, is evaluated: for all of them, if none was "
+    "trained on, give a folder whose only file is named test, such as test.csv"
 )
 SAME_SEED = (
     "the seed decides which rows are reported on: if the adapter or the model was trained on this "
@@ -80,7 +80,7 @@ def assign_rows(task, config):
     if config.is_training:
         assignment.notes += loss_notes(assignment, config)
     elif task.is_divided and config.method != "icl":
-        assignment.notes.append(ONLY_A_PART)
+        assignment.notes.append(ONLY_A_PART.format(n_rows=len(report_rows)))
     if task.depends_on_seed and (config.adapter or learned_tasks(config.model)):
         assignment.notes.append(SAME_SEED)
     return assignment

@@ -119,11 +119,11 @@ def test_training_needs_rows_to_train_on_and_evaluation_does_not(tmp_path, capsy
     assert run(words(tmp_path / "run", task=single, steps=2)) == 0
 
 
-def test_what_trains_nothing_says_that_a_tenth_of_a_file_is_evaluated(tmp_path, capsys):
+def test_what_trains_nothing_says_how_few_rows_of_a_file_are_evaluated(tmp_path, capsys):
     """The run spoke of rows to train on, and not of the rows that it left out."""
     made = write(tmp_path, train=rows(30))
     file = (made / "train.jsonl").rename(tmp_path / "held-out.jsonl")
-    note = "note     only test, a tenth of these rows, is evaluated: for all of them, if"
+    note = "note     only test, which is 3 of these rows, is evaluated: for all of them, if"
 
     def shown(*flags, task=file, **values):
         capsys.readouterr()
