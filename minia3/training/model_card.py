@@ -360,7 +360,9 @@ def results_table(finals):
         metric, key, form = figure_of(final["metric"])
         name = prefix + metric
         if "accuracies" in final:
-            name += f", median over {len(final['accuracies'])} prompts"
+            # Of an even number of prompts, the median of the perplexity would be another one.
+            median = "from the median of its inverse" if key == "perplexity" else "median"
+            name += f", {median} over {len(final['accuracies'])} prompts"
         lines.append(format_line(name, before_after(final, key, form)))
         if final["auc"] is not None:
             lines.append(format_line(f"{prefix}AUC", before_after(final, "auc", ".2f")))

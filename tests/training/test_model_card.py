@@ -17,6 +17,7 @@ import minia3
 from minia3.adapters.lora import add_lora, save_lora
 from minia3.checkpoints.known_models import EMBEDDED
 from minia3.cli.main import main
+from minia3.inference.evaluation import over_prompts
 from minia3.training.command_line import complete, parse_flags
 from minia3.training.model_card import card, write_card
 from minia3.training.run_folder import read_run_config
@@ -202,6 +203,13 @@ def test_the_card_of_a_mixture_names_its_tasks_and_has_the_figures_of_each():
 def test_a_median_over_prompts_is_called_a_median():
     text = make_card(train.Config(eval_prompt="all"), {"accuracies": [0.5, 0.9995, 1.0]})
     assert "| accuracy, median over 3 prompts | 51.3% | 100.0% |" in text
+
+
+def test_a_perplexity_over_several_prompts_is_that_of_the_median_of_its_inverse():
+    first, second = ({"accuracy": 1 / x, "auc": None, "n": 1, "perplexity": x} for x in (2.0, 6.0))
+    combined = over_prompts([first, second])
+    text = make_card(None, combined | {"metric": "inverse_perplexity", "perplexity_before": 9.0})
+    assert "| perplexity, from the median of its inverse over 2 prompts | 9.00 | 3.00 |" in text
 
 
 def test_the_card_of_a_run_that_was_made_longer_says_so():
