@@ -399,6 +399,14 @@ def test_other_metrics_of_texts_are_those_of_their_packages_on_the_targets_thems
     assert "commonest" not in found
 
 
+@pytest.mark.parametrize(("metric", "n_wordless"), [("rouge_l", 2), ("f1", None)])
+def test_targets_in_which_rouge_finds_no_words_are_counted(metric, n_wordless, ours, monkeypatch):
+    texts_of(ours, monkeypatch, ["w4", "w5", "w6"])
+    rows = targets("w4", "слово", "...")
+    found = evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric=metric)
+    assert found.get("n_wordless") == n_wordless
+
+
 @pytest.mark.parametrize("name", ["t5-v1.1", "llama-gqa"])
 def test_the_perplexity_is_that_of_transformers_loss(name, peer, loaded):
     """Their loss is the mean over a row's tokens, so a row counts by its number of tokens."""
@@ -674,7 +682,7 @@ def test_the_result_over_several_prompts_is_the_median_with_all_accuracies():
 
 def test_the_counts_over_several_prompts_stay_whole_numbers():
     counts = {"n": 5, "n_cut": 0, "n_lossy": 1, "n_too_long": 3, "n_equal": 2, "n_ends_cut": 4}
-    counts |= {"n_tied": 1, "n_single": 2}
+    counts |= {"n_tied": 1, "n_single": 2, "n_wordless": 3}
     first = {"accuracy": 0.5, **counts}
     combined = over_prompts([first, {**first, "n_lossy": 2}])
     assert {key: combined[key] for key in counts} == {**counts, "n_lossy": 2}
