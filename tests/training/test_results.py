@@ -1,14 +1,17 @@
 """Results: what a run reports equals an evaluation of the saved adapter."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import running
 import torch
-from running import metrics, model, outcome, run, task, train, words
+from running import metrics, model, outcome, run, task, train, words, write
 from written_out import KINDS, adapter, read, rte_flags, used
 
 import minia3
-from minia3.inference.evaluation import evaluate
+from minia3.inference.decoding import generate
+from minia3.inference.evaluation import choice_auc, evaluate
 from minia3.tasks.prompts import OWN_PROMPTS, for_family
 from minia3.training.report import report
 
@@ -62,15 +65,39 @@ def test_inputs_that_are_cut_are_counted_in_training_and_in_evaluation(tmp_path,
     assert " cut to " not in capsys.readouterr().out
 
 
+def task_of(kind, folder, **flags):
+    """Return the folder of a task of a kind. Some of its targets are what such a run writes.
+
+    With random words for targets, each result would be 0, whatever adapter it is of.
+    """
+    random_task = task(KINDS[kind])
+    if kind != "targets":
+        return random_task
+    texts = []  # of the last evaluation, which is that of the trained adapter
+
+    def note_texts(*args, **options):
+        texts[:] = generate(*args, **options)
+        return list(texts)
+
+    with mock.patch("minia3.inference.evaluation.generate", note_texts):
+        assert run(words(folder / "writes", task=random_task, **flags)) == 0
+    rows = {split: read(random_task / f"{split}.jsonl") for split in ("train", "test")}
+    for row, text in list(zip(rows["test"], texts, strict=True))[::2]:
+        row["target"] = text or row["target"]  # a target may not be empty
+    return write(folder / "written", **rows)
+
+
 @pytest.mark.parametrize("name", ["t5", "llama"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_adapter_scores_what_its_run_reported_and_a_run_can_start_from_it(
     name, kind, tmp_path, capsys
 ):
-    flags = {"model": model(name), "task": task(KINDS[kind]), "lr": 0.3, "max_new_tokens": 3}
+    flags = {"model": model(name), "lr": 0.3, "max_new_tokens": 3}
+    flags["task"] = task_of(kind, tmp_path, **flags)
     assert run(words(tmp_path / "run", **flags)) == 0
     final = metrics(tmp_path / "run")[-1]
     assert final["metric"] == ("exact_match" if kind == "targets" else "accuracy")
+    assert final["accuracy"] > 0
     assert max((v - 1).abs().max() for v in adapter(tmp_path / "run").values()) > 0.1
     capsys.readouterr()
     adapter_flag = {"adapter": tmp_path / "run" / "adapter"}
@@ -117,13 +144,16 @@ def test_what_peft_reads_is_what_was_trained(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_printed_command_answers_new_rows_as_the_run_did(kind, tmp_path, capsys):
     out = tmp_path / "a run"
-    flags = {"max_length": 5, "max_new_tokens": 3, "dtype": "float64"}
-    assert run(words(out, lr=0.3, task=task(KINDS[kind]), **flags)) == 0
+    flags = {"max_length": 5, "max_new_tokens": 3, "dtype": "float64", "lr": 0.3}
+    made = task_of(kind, tmp_path, **flags)
+    capsys.readouterr()
+    assert run(words(out, task=made, **flags)) == 0
     shown = capsys.readouterr().out
     for word in ("--max-length 5", "--max-new-tokens 3", "--dtype float64"):
         assert word in shown
-    found = used(shown, read(task(KINDS[kind]) / "test.jsonl"), capsys)
+    found = used(shown, read(made / "test.jsonl"), capsys)
     assert found == pytest.approx(metrics(out)[-1]["accuracy"])
+    assert found > 0
 
 
 def test_method_none_evaluates_the_base_and_trains_nothing(tmp_path, capsys):
@@ -207,31 +237,28 @@ def test_in_context_learning_puts_the_shots_of_each_seed_before_each_row(name, t
     finals = [line for line in metrics(out) if line["event"] == "final"]
     ours = minia3.load_model(model(name))
     tokenizer = minia3.load_tokenizer(model(name))
+
+    def expected(head, rows):
+        """Return the accuracy and the AUC if all inputs begin with `head`."""
+        inputs = [head + row["input"] for row in rows]
+        scores = minia3.rank(ours, tokenizer, inputs, [row["choices"] for row in rows]).numpy()
+        labels = np.array([row["label"] for row in rows])
+        auc = choice_auc(scores, labels)
+        return pytest.approx([np.mean(scores.argmax(1) == labels), auc])
+
     for seed, final in enumerate(finals):
         data = minia3.load_task(task(), shots=3, seed=seed)
         order = np.random.RandomState([seed, 4]).permutation(3)
         shots = [data.train[i] for i in order]
         head = "".join(f"{row['input']} {row['choices'][row['label']]}\n\n" for row in shots)
-        scores = minia3.rank(
-            ours,
-            tokenizer,
-            [head + row["input"] for row in data.test],
-            [x["choices"] for x in data.test],
-        )
-        expected = np.mean(
-            [
-                best == row["label"]
-                for best, row in zip(scores.argmax(1).tolist(), data.test, strict=True)
-            ]
-        )
-        assert final["accuracy"] == pytest.approx(expected)
+        assert [final["accuracy_before"], final["auc_before"]] == expected("", data.test)
+        assert [final["accuracy"], final["auc"]] == expected(head, data.test)
         assert (final["n_shots"], final["trainable"], final["steps"], final["method"]) == (
             3,
             0,
             0,
             "icl",
         )
-    assert finals[0]["accuracy_before"] == finals[1]["accuracy_before"]
     assert not (out / "adapters").exists()
 
 
