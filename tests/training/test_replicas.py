@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from torch_version import TORCH
 
+import minia3
 from minia3.files import processes
 from minia3.files.lock import waiting_for_lock
 from minia3.files.processes import is_first
@@ -27,7 +28,29 @@ TOLERANCE = 1e-9  # of float64, after some steps
 
 NAMES = ("t5", "llama")  # of running.model
 
-TARGETS = {"task": running.task((0,)), "max_new_tokens": 6}
+N_WRITTEN = 6  # the tokens of a text that a model writes
+
+
+def written_task():
+    """Return the folder of a task: each model writes some targets of its test rows by itself.
+
+    Random words would never be written. So each result would be 0, whatever a process compares.
+    """
+    made = running.rows(42, (0,))
+    test = made[30:]
+    for turn, name in enumerate(NAMES):
+        model = minia3.load_model(running.model(name), dtype=torch.float64)
+        tokenizer = minia3.load_tokenizer(running.model(name))
+        mine = test[turn :: len(NAMES)]
+        inputs = [row["input"] for row in mine]
+        texts = minia3.generate(model, tokenizer, inputs, max_new_tokens=N_WRITTEN)
+        for row, text in zip(mine, texts, strict=True):
+            row["target"] = text or row["target"]  # a target may not be empty
+    folder = Path(running.home().name, "written")
+    return running.write(folder, train=made[:20], validation=made[20:30], test=test)
+
+
+TARGETS = {"task": written_task(), "max_new_tokens": N_WRITTEN}
 # In the second step, the optimizer has moments.
 COMMON = {"dtype": "float64", "dropout": 0.0, "steps": 2}
 # Runs whose numbers are compared: what is special about each, and its flags.
@@ -46,6 +69,7 @@ CASES = {
     "early stop": {"eval_every": 2, "patience": 1, "seed": "0,1", "lr": 0.3, "steps": 4},
     "evaluated in small batches": {"eval_batch_size": 5, "steps": 1},
     "generated texts": {**TARGETS, "metric": "exact_match", "steps": 1},
+    "perplexity": {**TARGETS, "metric": "inverse_perplexity"},
     "a cell that fails": {"lr": "3e-3,1e31", "steps": 12},
     "in context": {"method": "icl", "shots": 4},
 }
@@ -66,7 +90,8 @@ def command_line(name, folder, special):
 
 # Cases in which some processes have fewer rows than others, or none, and have to wait for them.
 UNEQUAL = ["micro-batches of a grid", "fewer rows than processes", "unlikelihood"]
-UNEQUAL += ["several numbers of choices", "generated texts", "evaluated in small batches"]
+UNEQUAL += ["several numbers of choices", "generated texts", "perplexity"]
+UNEQUAL += ["evaluated in small batches"]
 
 
 def in_turns(specials):
@@ -98,6 +123,8 @@ def test_several_processes_have_the_numbers_of_one(
         for special in specials:
             expected = alone(name, special, tmp_path_factory)
             check_equal(tmp_path / name / special, expected)
+            if special == "generated texts":
+                assert 0 < running.metrics(expected)[-1]["accuracy"] < 1
 
 
 def exit_code(special):
