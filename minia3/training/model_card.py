@@ -332,13 +332,12 @@ def describe_results(config, finals):
     for final in finals:
         prefix = f"{final['task']}: " if len(finals) > 1 else ""
         paragraphs += [f"**Note:** {prefix}{text}." for text in notes_on_inputs(config, final)]
-    for final in finals:
-        paragraphs += [f"**Warning:** {text}." for text in final.get("warnings", ())]
+        paragraphs += [f"**Warning:** {prefix}{text}." for text in final.get("warnings", ())]
     return "\n\n".join(paragraphs)
 
 
 def notes_on_inputs(config, final):
-    """Return what limits a result, as the run has printed it: words that the model did not see."""
+    """Return what limits a result, in the words that the run has printed."""
     notes = notes_on_texts(final["metric"], final | {"n": final["rows"]}, config.max_new_tokens)
     if final["rows_cut"]:
         inputs = part_of(final["rows_cut"], final["rows"], "input")

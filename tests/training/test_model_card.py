@@ -251,6 +251,11 @@ def test_the_commonest_label_and_the_doubts_stand_beside_the_result():
     assert "**Warning:**" not in make_card()
 
 
+def test_a_doubt_about_a_task_of_a_mixture_names_it():
+    text = make_card(None, {"task": "a"}, {"task": "b", "warnings": ["the result is worse"]})
+    assert "\n\n**Warning:** b: the result is worse.\n\n" in text
+
+
 def test_what_limits_a_figure_stands_beside_it():
     """The run printed it, and the card had the figure alone."""
     config = train.Config(max_length=512, max_new_tokens=64)
