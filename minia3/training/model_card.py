@@ -20,7 +20,7 @@ from minia3.tasks.download import HUB
 from minia3.tasks.known_tasks import known_tasks
 from minia3.tasks.split_files import HUB_PREFIX
 from minia3.training.choices import DTYPES, TRAINED_ALONE
-from minia3.training.doubts import notes_on_texts
+from minia3.training.doubts import notes_on_texts, notes_on_ties
 from minia3.training.flags import as_tuple
 from minia3.training.report import before_after, figure_of, format_value
 from minia3.training.shown_commands import training_command
@@ -338,7 +338,9 @@ def describe_results(config, finals):
 
 def notes_on_inputs(config, final):
     """Return what limits a result, in the words that the run has printed."""
-    notes = notes_on_texts(final["metric"], final | {"n": final["rows"]}, config.max_new_tokens)
+    result = final | {"n": final["rows"]}
+    notes = notes_on_texts(final["metric"], result, config.max_new_tokens)
+    notes += notes_on_ties(result, final.get("dtype"))
     if final["rows_cut"]:
         inputs = part_of(final["rows_cut"], final["rows"], "input")
         verb = "was" if final["rows_cut"] == 1 else "were"

@@ -267,7 +267,9 @@ def test_what_limits_a_figure_stands_beside_it():
     text = make_card(config, cut | {"task": "a", "rows_cut": 1}, {"task": "b", "n_equal": 4})
     assert "**Note:** a: 1 of 12 inputs was cut to 512 tokens (--max-length).\n" in text
     assert "**Note:** b: 4 of 1024 rows have two choices that are the same text" in text
-    assert "**Note:**" not in make_card(config, {"n_lossy": 0, "n_equal": 0})
+    text = make_card(config, {"n_tied": 2, "dtype": "bfloat16"})
+    assert "**Note:** 2 of 1024 rows have two best choices with equal scores, and" in text
+    assert "**Note:**" not in make_card(config, {"n_lossy": 0, "n_equal": 0, "n_tied": 0})
 
 
 def test_a_perplexity_is_shown_as_such():
