@@ -22,6 +22,7 @@ from minia3.adapters.rows import fitting_vectors
 from minia3.adapters.vector_names import PREFIX
 from minia3.checkpoints.known_models import public_name
 from minia3.checkpoints.load import open_checkpoint
+from minia3.checkpoints.nf4_files import read_as
 from minia3.model.site_names import SITES
 
 
@@ -38,7 +39,7 @@ def write_dora(folder, adapter_file, base, origin):
     linears = []
     for name, factor_out in factors.items():
         stored_name, entry = stored[f"{name}.weight"]
-        weight = entry.read().to(dtype)
+        weight = read_as(entry, dtype)
         linear = stored_name.removesuffix(".weight")
         linears.append(linear)
         magnitude_out = magnitude(weight, factor_out, linear).float()

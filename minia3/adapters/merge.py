@@ -24,6 +24,7 @@ from minia3.adapters.rows import copy_row, fitting_vectors
 from minia3.checkpoints.hub import find
 from minia3.checkpoints.load import build_model, open_checkpoint, read_checkpoint
 from minia3.checkpoints.load_shards import place_rows
+from minia3.checkpoints.nf4_files import read_as
 from minia3.checkpoints.place import place_parameter
 from minia3.checkpoints.save import save_others, save_tensors
 from minia3.checkpoints.tokenizer import find_tokenizer
@@ -138,7 +139,7 @@ def folded_tensors(model, stored, dtype, vectors, out_dtype):
     """Return (name in the checkpoint, bytes, function that makes the tensor) of each parameter."""
 
     def make(name, entry):
-        return fold(name, entry.read().to(dtype), vectors).to(out_dtype).contiguous()
+        return fold(name, read_as(entry, dtype), vectors).to(out_dtype).contiguous()
 
     tensors = []
     for name, parameter in model.named_parameters():

@@ -25,8 +25,9 @@ import torch
 
 from minia3.adapters.fold import check_folded, fold
 from minia3.checkpoints.load import build_model
-from minia3.checkpoints.nf4_files import PackedEntry
+from minia3.checkpoints.nf4_files import PackedEntry, read_as
 from minia3.checkpoints.place import place_parameter
+from minia3.files.tensors import Entry
 from minia3.model.quantized import QUANTIZED, QuantizedLinear, is_quantizable, quantized_linears
 from minia3.model.site_names import SITES
 
@@ -118,10 +119,10 @@ def quantized_entries(model, stored, dtype, quantize):
         is_quantized_already = isinstance(entry, PackedEntry) and quantize == "nf4"
         if is_quantizable(model, name) and not is_quantized_already:
             read = partial(read_quantized, entry, dtype, QUANTIZED[quantize])
-            entries[name] = (stored_name, entry._replace(read=read))
+            entries[name] = (stored_name, Entry(entry.shape, entry.dtype, read))
     return entries
 
 
 def read_quantized(entry, dtype, linear_class):
-    weight = entry.read().to(dtype)
+    weight = read_as(entry, dtype)
     return linear_class.from_weight(weight).to_linear(dtype).weight.detach()

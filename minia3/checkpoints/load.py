@@ -28,7 +28,7 @@ from minia3.checkpoints.hub import find
 from minia3.checkpoints.layout import check_model_folder, weight_files
 from minia3.checkpoints.load_shards import place_shards
 from minia3.checkpoints.meta import read_meta
-from minia3.checkpoints.nf4_files import PackedEntry, join_packed
+from minia3.checkpoints.nf4_files import PackedEntry, join_packed, read_as
 from minia3.checkpoints.place import (
     check_weight,
     place_linear,
@@ -97,7 +97,7 @@ def load_model(
             parts = [part.to(device) for part in read_codes(entry, origin, check_finite)]
             place_linear(model, name, NF4Linear(*parts))
             continue
-        weight = entry.read().to(device=device, dtype=weight_dtype).contiguous()
+        weight = read_as(entry, weight_dtype, device=device).contiguous()
         if check_finite:
             check_weight(weight, origin)
         place_weight(model, name, weight, quantize)

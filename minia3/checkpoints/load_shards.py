@@ -10,7 +10,7 @@ Shapes: O outputs and I inputs of a linear.
 
 import torch
 
-from minia3.checkpoints.nf4_files import PackedEntry
+from minia3.checkpoints.nf4_files import ALL_ROWS, PackedEntry, read_as
 from minia3.checkpoints.place import (
     check_weight,
     place_linear,
@@ -46,10 +46,9 @@ def place_shards(model, stored, dtype, shards, quantize=None, check_finite=False
             place_codes(model, name, [part[rows] for part in parts])
             continue
         is_whole = kind is None and not is_divided(model.get_parameter(name))
-        weight = entry.read()
-        if not is_whole:
-            weight = weight[rows]
-        weight = weight.to(dtype)
+        if is_whole:
+            rows = ALL_ROWS
+        weight = read_as(entry, dtype, rows)
         if check_finite:
             check_weight(weight, stored_name)
         if is_whole:

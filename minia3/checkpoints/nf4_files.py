@@ -31,14 +31,29 @@ DTYPES = ("float32", "float16", "bfloat16")
 # which dtype to compute.
 REQUIRED = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}
 
+ALL_ROWS = slice(None)
+
 
 class PackedEntry(NamedTuple):
     """A weight in nf4 that has not been read yet: an Entry (tensors.py) that knows its codes."""
 
     shape: tuple
     dtype: torch.dtype  # of the weight before it was quantized
-    read: Callable[[], torch.Tensor]  # the weight, dequantized
+    read: Callable[[], torch.Tensor]  # the weight, dequantized in this dtype: see `read_as`
     read_codes: Callable[[], tuple]  # codes (O, I / 2) and scales (O, I / 64), see NF4Linear
+
+
+def read_as(entry, dtype, rows=ALL_ROWS, device="cpu"):
+    """Return rows of the weight of an Entry or a PackedEntry, in a dtype and on a device.
+
+    A weight in nf4 is dequantized in this dtype, as while the model runs. It is never rounded to
+    the dtype that it had before it was quantized, which may be narrower.
+    """
+    if isinstance(entry, PackedEntry):
+        weight = NF4Linear.dequantize(*entry.read_codes(), dtype)
+    else:
+        weight = entry.read()
+    return weight[rows].to(device=device, dtype=dtype)
 
 
 def check_quantization(quantization):

@@ -85,6 +85,10 @@ def test_gguf_metas_files_and_nf4_are_read_to_the_same_bits_by_three_processes(p
     make("t5-v1.1", d_model=64, d_kv=16, d_ff=192).save_pretrained(wide)
     cases = [(gguf, {}), (meta, {}), (wide, {"quantize": "nf4"})]
     cases += [(nf4, {}), (nf4, {"quantize": "int8"})]
+    narrow = tmp_path / "narrow"
+    options = {"also": ["lm_head.weight"], "dtype": torch.bfloat16}
+    test_nf4_files.write_quantized("llama-gqa", narrow, double_quant=True, **options)
+    cases += [(narrow, {"dtype": torch.float32, "quantize": "int8"})]
     check_bits(cases, 3)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import minia3
 from minia3.adapters.lora import add_lora, save_lora
+from minia3.adapters.merge import merge_files
 from minia3.cli.main import main
 from minia3.model.linear import Linear
 from minia3.model.more_vectors import add_vectors, possible_vectors
@@ -41,13 +42,13 @@ def is_of_block(name, weight):
     return weight.dim() == 2 and is_linear
 
 
-def write_quantized(name, folder, double_quant, plain="none", also=()):
+def write_quantized(name, folder, double_quant, plain="none", also=(), dtype=torch.float32):
     """Write a random model in nf4, as transformers does, and return its dequantized weights.
 
     plain: part of the names of linears that stay as they are, as llm_int8_skip_modules says. also:
-    names of weights outside of the blocks that become nf4, too.
+    names of weights outside of the blocks that become nf4, too. dtype: of all weights before.
     """
-    make(name, **WIDE[name]).save_pretrained(folder)
+    make(name, **WIDE[name]).to(dtype).save_pretrained(folder)
     tensors = {}
     dequantized = {}
     for key, weight in load_file(folder / "model.safetensors").items():
@@ -123,13 +124,38 @@ def test_merging_from_file_to_file_writes_plain_weights(tmp_path):
     write_quantized("llama-gqa", tmp_path / "base", double_quant=True)
     model = minia3.load_model(tmp_path / "base")
     minia3.save_adapter(model, tmp_path / "ones")
-    from minia3.adapters.merge import merge_files
-
     merge_files(tmp_path / "base", tmp_path / "ones", tmp_path / "merged")
     merged = minia3.load_model(tmp_path / "merged")
     assert not quantized_linears(merged)
     expected = logits(model, SOURCE, MASK, TARGET)
     assert off(logits(merged, SOURCE, MASK, TARGET), expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_weights_are_never_rounded_to_the_dtype_that_they_had_before(tmp_path, kind):
+    """A merge, a model that is loaded, and one that runs have the weights that the codes mean."""
+    base = tmp_path / "base"
+    options = {"also": ["lm_head.weight"], "dtype": torch.bfloat16}
+    write_quantized("llama-gqa", base, double_quant=False, **options)
+    model = minia3.load_model(base, dtype=torch.float32, quantize=kind)
+    assert (model.head_weight != model.head_weight.bfloat16()).any()
+    randomize(model, seed=1)
+    minia3.save_adapter(model, tmp_path / "adapter")
+    dequantize(model, torch.float32)
+    folders = (base, tmp_path / "adapter", tmp_path / "merged")
+    merge_files(*folders, dtype=torch.float32, quantize=kind)
+    merged = minia3.load_model(tmp_path / "merged")
+    for name, parameter in minia3.merge(model).named_parameters():
+        assert torch.equal(merged.get_parameter(name), parameter), name
+
+    if kind == "int8":  # which is made of the same weights
+        plain = minia3.load_model(base, dtype=torch.float32)
+        dequantize(plain, torch.float32)
+        codes = quantized_linears(minia3.load_model(base, dtype=torch.float32, quantize=kind))
+        for name, linear in codes.items():
+            expected = linear.from_weight(plain.get_submodule(name).weight)
+            assert torch.equal(linear.codes, expected.codes), name
+            assert torch.equal(linear.scales, expected.scales), name
 
 
 def test_the_command_that_converts_names_the_one_that_writes_plain_weights(
