@@ -13,6 +13,7 @@ from minia3.checkpoints.save import write_model
 from minia3.inference.turns import answer_as_learned
 from minia3.model.ia3 import freeze
 from minia3.model.more_vectors import add_vectors, choose_vectors
+from minia3.model.quantized import quantized_linears
 from minia3.tasks.task_file import write_task_file
 
 
@@ -21,7 +22,8 @@ def trainable_parameters(model, config, saved_names=()):
 
     Read --adapter, if it is given; for (IA)^3, into every row. `config` has a single seed, from
     which LoRA's A is drawn. saved_names: of the vectors whose values a checkpoint has; then they
-    are made, and --adapter is not read. Raise ValueError if --adapter is not for the method.
+    are made, and --adapter is not read. Raise ValueError if --adapter is not for the method, or
+    if a LoRA or full fine-tuning finds a base in nf4.
     """
     has_values = config.method == "ia3" and len(saved_names) > 0
     if config.adapter is not None and not has_values:
@@ -35,6 +37,7 @@ def trainable_parameters(model, config, saved_names=()):
 
     freeze(model)
     if config.method == "full":
+        check_plain(model, config)
         trained = {}
         for name, parameter in model.named_parameters():
             is_vector = parameter.requires_grad  # `freeze` leaves only the vectors
@@ -49,6 +52,17 @@ def trainable_parameters(model, config, saved_names=()):
         for row in range(model.n_adapters):
             load_adapter(model, config.adapter, row)
     return choose_vectors(model, config.sites, config.layers, not config.no_cross)
+
+
+def check_plain(model, config):
+    """Raise ValueError if weights are codes, as those that are stored in nf4 are.
+
+    --quantize was refused before (rules.py).
+    """
+    if quantized_linears(model):
+        remedy = "give the model that it was made from"
+        found = f"{config.model} is stored in nf4"
+        raise ValueError(f"--method full trains plain weights, and {found}: {remedy}")
 
 
 def check_kind(config):

@@ -17,6 +17,8 @@ from minia3.cli.main import main
 from minia3.model.linear import Linear
 from minia3.model.more_vectors import add_vectors, possible_vectors
 from minia3.model.quantized import NF4Linear, dequantize, quantized_linears
+from minia3.training.config import Config
+from minia3.training.methods import trainable_parameters
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
@@ -182,6 +184,19 @@ def test_a_lora_needs_plain_weights_and_the_message_says_how_to_get_them(tmp_pat
     assert off(applied, expected) > 0.01
     minia3.save_model(minia3.merge(model), tmp_path / "merged")
     assert off(logits(minia3.load_model(tmp_path / "merged"), SOURCE, MASK, TARGET), applied) < 1e-5
+
+
+def test_full_fine_tuning_needs_plain_weights_and_the_message_says_how_to_get_them(tmp_path):
+    write_quantized("llama-gqa", tmp_path, double_quant=False)
+    model = minia3.load_model(tmp_path)
+    config = Config(model=str(tmp_path), method="full")
+    message = refusal(trainable_parameters, model, config)
+    assert message == (
+        f"--method full trains plain weights, and {tmp_path} is stored in nf4: give the model that "
+        "it was made from"
+    )
+    dequantize(model, torch.float32)
+    assert len(trainable_parameters(model, config)) > 10
 
 
 @pytest.mark.parametrize(
