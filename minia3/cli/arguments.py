@@ -13,6 +13,7 @@ from minia3.files.write import finish_writing, is_free, writing_folder
 from minia3.training.choices import DTYPES
 
 MODEL_HELP = "known name (t5-base ...), hub id, folder or .gguf file"
+FIRST_DEVICE = "the first of cuda, mps, xpu and cpu that this machine has"
 QUANTIZE_HELP = "keep the weights of the blocks in 8 or 4 bits (default: as --dtype says)"
 
 
@@ -55,11 +56,10 @@ def add_max_new_tokens(parser):
     )
 
 
-def add_device_options(parser):
+def add_device_options(parser, default_device=FIRST_DEVICE):
+    """Add --device, --dtype and --check-weights. default_device: in words, for the help."""
     parser.add_argument(
-        "--device",
-        help="cpu, cuda, cuda:1, mps, xpu ... (default: the first of cuda, mps, xpu and cpu that "
-        "this machine has)",
+        "--device", help=f"cpu, cuda, cuda:1, mps, xpu ... (default: {default_device})"
     )
     add_dtype(parser, "dtype of the weights (default: that of the stored weights)")
     parser.add_argument(

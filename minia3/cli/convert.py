@@ -36,7 +36,7 @@ def add_arguments(parser):
         type=expand_home,
         help="the name or path of the adapter's model (default: as the adapter says)",
     )
-    add_device_options(parser)
+    add_device_options(parser, default_device="cpu")
 
 
 def read_kind(text):
@@ -112,6 +112,9 @@ def convert_model(args):
     if is_stored_in_nf4(args.model):
         remedy = "`minia3 merge --dequantize` writes such weights, with an adapter folded in"
         raise ValueError(f"{args.model} is stored in nf4, and has no plain weights: {remedy}")
+    # Nothing is computed, so a GPU would not help, and it may have too little memory. This is not a
+    # default of argparse, because an adapter refuses the flag.
+    args.device = args.device or "cpu"
     model = load_model(args)
     with showing("writing"), writing_new_folder(args.out) as folder:
         save_model(model, folder, tokenizer)

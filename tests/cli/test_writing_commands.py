@@ -181,6 +181,28 @@ def test_a_model_keeps_its_task_file(adapters):
     assert files_in(adapters / "out") == files_in(adapters / "merged")
 
 
+def test_a_model_is_converted_on_the_cpu_unless_another_device_is_asked_for(
+    tmp_path, capsys, monkeypatch
+):
+    """Nothing is computed, and a GPU may have too little memory."""
+    devices = []
+
+    def load_model(*args, device, **options):
+        devices.append(device.type)
+        raise ValueError("stop")
+
+    best = torch.device("meta")  # for commands that compute
+    monkeypatch.setattr("minia3.training.device.best_device", lambda: (best, "it is there"))
+    monkeypatch.setattr("minia3.checkpoints.load.load_model", load_model)
+    failure(capsys, "convert", "tiny-t5", tmp_path / "out")
+    assert devices == ["cpu"]
+    error = failure(capsys, "convert", "tiny-t5", tmp_path / "out", "--device", "nosuch")
+    assert "--device is 'nosuch'" in error
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    assert "mps, xpu ... (default: cpu)" in " ".join(capsys.readouterr().out.split())
+
+
 def write_gguf(path, monkeypatch):
     """Write a small LLaMA."""
     pytest.importorskip("gguf", reason="needs the extra gguf")
