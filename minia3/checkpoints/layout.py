@@ -248,6 +248,14 @@ def weight_files(folder):
     return paths
 
 
+def has_all_weights(path):
+    """Return whether a path is a folder with weights in Hugging Face's layout, and all shards."""
+    try:
+        return path.is_dir() and len(weight_files(path)) > 0
+    except ValueError:  # a download may have broken off
+        return False
+
+
 def local_weights(name_or_path):
     """Return the paths of the weights of a model, or none if it is not a path on this machine.
 

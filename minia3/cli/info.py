@@ -117,7 +117,7 @@ def devices_of(args):
 def info(name_or_path, batch=8, length=128, devices=None):
     """Yield (title, text) lines that describe a model. Lines without a title are notes.
 
-    Only the model's config is read: a known name needs no network and no weights.
+    No weights are needed or downloaded, and a known name needs no network.
     batch, length: how many sources, and of how many tokens, the memory is planned for. The memory
     comes last, because planning it takes up to half a minute for large models.
     devices: None, or the Devices on which a run is planned (device_lines.py).
@@ -211,15 +211,25 @@ def hub_column(repo):
 
 
 def find_config(name_or_path):
-    """Return the full name of a model and its config, without its weights."""
+    """Return the full name of a model and its config, without its weights.
+
+    Of weights that are on this machine, only the names, shapes and dtypes matter.
+    """
     from minia3.checkpoints.hub import find
     from minia3.checkpoints.known_models import known_model
-    from minia3.checkpoints.load import read_checkpoint
+    from minia3.checkpoints.layout import has_all_weights
+    from minia3.checkpoints.load import open_checkpoint, read_checkpoint
 
     known = known_model(name_or_path)
     if known:
         return known.repo, known.config
-    config, _ = read_checkpoint(find(name_or_path, weights=False), weights=False)
+    path = find(name_or_path, weights=False)
+    if has_all_weights(path):
+        # They say whether the head is the embedding, because transformers 5 writes the config of a
+        # T5 as if it were.
+        model, _, _ = open_checkpoint(path)
+        return str(name_or_path), model.config
+    config, _ = read_checkpoint(path, weights=False)
     return str(name_or_path), config
 
 

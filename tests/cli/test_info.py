@@ -170,6 +170,33 @@ def test_a_folder_is_described_from_its_config_as_the_model_that_is_loaded(
     assert found["adapter file"] == f"{size / 1e6:.2f} MB"
 
 
+@pytest.mark.parametrize("name", ["t5-v1.1", "t5-v1.0", "llama-gqa"])
+def test_weights_that_are_there_say_whether_the_head_is_the_embedding(name, peer, loaded, tmp_path):
+    """transformers 5 writes "tie_word_embeddings": true into the config of each T5."""
+    model = loaded(name)
+    found = cells(peer(name).folder)
+    assert found["parameters"] == f"{base_parameters(model):,}"
+    assert found["own_head"] == str(model.config.own_head)
+    # Half a download says as much as none.
+    for file in peer(name).folder.glob("*.json"):
+        shutil.copy(file, tmp_path)
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    raw = json.loads((tmp_path / "config.json").read_text())
+    assert cells(tmp_path)["own_head"] == str(not raw["tie_word_embeddings"])
+
+
+def test_a_gguf_file_is_described(tmp_path, monkeypatch):
+    pytest.importorskip("gguf", reason="needs the extra gguf")
+    monkeypatch.syspath_prepend(running.ROOT / "tests" / "checkpoints")
+    import test_gguf
+
+    tensors = test_gguf.gguf_tensors(test_gguf.hf_tensors(test_gguf.make_model()))
+    path = test_gguf.write(tmp_path / "small.gguf", tensors)
+    found = cells(path)
+    assert found["parameters"] == f"{base_parameters(minia3.load_model(path)):,}"
+
+
 def test_all_known_models_are_listed_without_a_network(capsys):
     header, *lines = output(capsys, "info", "--list").splitlines()
     assert header.split() == ["name", "parameters", "adapter", "on", "the", "hub"]
