@@ -137,6 +137,11 @@ def is_stored_in_nf4(name_or_path):
     Raise the errors of `load_model`.
     """
     model, stored, _ = open_checkpoint(name_or_path)
+    return has_packed(model, stored)
+
+
+def has_packed(model, stored):
+    """Return whether linears of the blocks are stored in nf4. See `open_checkpoint`."""
     return any(is_packed(model, name, entry) for name, (_, entry) in stored.items())
 
 

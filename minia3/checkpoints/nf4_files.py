@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from minia3.files.read import reading
+from minia3.files.read import read_json, reading
 from minia3.model.quantized import NF4_BLOCK, NF4Linear, bitsandbytes_functions
 
 STATE = ".quant_state.bitsandbytes__nf4"
@@ -41,6 +41,15 @@ class PackedEntry(NamedTuple):
     dtype: torch.dtype  # of the weight before it was quantized
     read: Callable[[], torch.Tensor]  # the weight, dequantized in this dtype: see `read_as`
     read_codes: Callable[[], tuple]  # codes (O, I / 2) and scales (O, I / 64), see NF4Linear
+
+
+def is_config_of_nf4(path):
+    """Return whether a model's config.json says that its weights are stored in nf4.
+
+    For a model whose weights are not on this machine. The config was checked before.
+    """
+    config = path / "config.json"
+    return config.exists() and read_json(config).get("quantization_config") is not None
 
 
 def read_as(entry, dtype, rows=ALL_ROWS, device="cpu"):

@@ -53,12 +53,15 @@ class Devices(NamedTuple):
             raise ValueError(f"{found}, expected a number that divides --devices")
 
 
-def device_lines(name, model_config, devices, batch, length):
+def device_lines(name, model_config, devices, batch, length, stored_kind=None):
     """Yield (title, text) lines: the plan for a batch of `batch` sources of `length` tokens.
 
     name: what --model is given. devices: a Devices. The base is divided if that is asked for, or if
-    a device cannot hold it, as in a run.
+    a device cannot hold it, as in a run. stored_kind: "nf4" if the base is stored so, and then it
+    stays in nf4 without a flag.
     """
+    asked = devices
+    devices = devices._replace(quantize=devices.quantize or stored_kind)
     n_examples = math.ceil(batch / devices.n_devices)  # of the device that has the most
     shape = recipe_shape(n_examples, length)
     plan = Plan(model_config, DTYPE, devices.quantize)
@@ -76,7 +79,7 @@ def device_lines(name, model_config, devices, batch, length):
         sizes = ["--batch-size", batch, "--max-length", length]
         if largest < n_examples:
             sizes += ["--micro-batch-size", largest]  # of each process
-        yield "command", shlex.join(map(str, command(name, devices, n_shards) + sizes))
+        yield "command", shlex.join(map(str, command(name, asked, n_shards) + sizes))
     else:
         yield "instead", advice(model_config, devices, shape)
     dtypes = "in bfloat16 except for the vectors"

@@ -29,6 +29,8 @@ To serve: read the sources and write one token. To train: one step with targets 
 Python and PyTorch take about 0.3 GB more, or 0.7 GB if PyTorch is built for CUDA.
 On a CPU, the allocator keeps some of what is freed."""
 
+NF4_NOTE = "The blocks are stored in nf4, and take less: --devices and --memory plan for that."
+
 
 def add_arguments(parser):
     parser.add_argument("model", nargs="?", help=MODEL_HELP)
@@ -127,7 +129,7 @@ def info(name_or_path, batch=8, length=128, devices=None):
     from minia3.model.ia3 import vectors
     from minia3.model.t5 import T5Config
 
-    name, config = find_config(name_or_path)
+    name, config, stored_kind = find_config(name_or_path)
     model = build_model(config)
     rows = {vector_name: vector[0] for vector_name, vector in vectors(model).items()}
     n_adapter = sum(row.numel() for row in rows.values())
@@ -146,10 +148,12 @@ def info(name_or_path, batch=8, length=128, devices=None):
     yield "adapter file", format_size(adapter_file_size(rows))
     if devices is None:
         yield from memory_lines(config, batch, length)
+        if stored_kind:
+            yield "", NF4_NOTE
     else:
         from minia3.cli.device_lines import device_lines
 
-        yield from device_lines(str(name_or_path), config, devices, batch, length)
+        yield from device_lines(str(name_or_path), config, devices, batch, length, stored_kind)
 
 
 def known_rows():
@@ -211,26 +215,30 @@ def hub_column(repo):
 
 
 def find_config(name_or_path):
-    """Return the full name of a model and its config, without its weights.
+    """Return the full name of a model, its config, and "nf4" if it is stored so (else None).
 
     Of weights that are on this machine, only the names, shapes and dtypes matter.
     """
     from minia3.checkpoints.hub import find
     from minia3.checkpoints.known_models import known_model
     from minia3.checkpoints.layout import has_all_weights
-    from minia3.checkpoints.load import open_checkpoint, read_checkpoint
+    from minia3.checkpoints.load import has_packed, open_checkpoint, read_checkpoint
+    from minia3.checkpoints.nf4_files import is_config_of_nf4
 
     known = known_model(name_or_path)
     if known:
-        return known.repo, known.config
+        return known.repo, known.config, None
     path = find(name_or_path, weights=False)
     if has_all_weights(path):
         # They say whether the head is the embedding, because transformers 5 writes the config of a
         # T5 as if it were.
-        model, _, _ = open_checkpoint(path)
-        return str(name_or_path), model.config
-    config, _ = read_checkpoint(path, weights=False)
-    return str(name_or_path), config
+        model, stored, _ = open_checkpoint(path)
+        config = model.config
+        is_nf4 = has_packed(model, stored)
+    else:
+        config, _ = read_checkpoint(path, weights=False)
+        is_nf4 = is_config_of_nf4(path)
+    return str(name_or_path), config, "nf4" if is_nf4 else None
 
 
 def adapter_file_size(rows):

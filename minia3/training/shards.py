@@ -1,9 +1,9 @@
 """Whether a run divides its frozen base among processes: --shard, --offload, and by default."""
 
 import atexit
+from dataclasses import replace
 
-from minia3.checkpoints.hub import find
-from minia3.checkpoints.load import build_model, read_checkpoint
+from minia3.checkpoints.load import has_packed, open_checkpoint
 from minia3.files.processes import (
     FOREVER,
     choose_backend,
@@ -70,14 +70,16 @@ def fits(config, device, dtype):
 
 def is_enough_memory(config, dtype, memory):
     """Return whether `memory` bytes hold the whole model while an example trains."""
-    model_config, _ = read_checkpoint(find(config.model), weights=False)
-    n_entries = sum(parameter.numel() for parameter in build_model(model_config).parameters())
+    model, stored, _ = open_checkpoint(config.model)
+    n_entries = sum(parameter.numel() for parameter in model.parameters())
     if n_entries * dtype.itemsize < SMALL_SHARE * memory:
         return True
     # Imported late, because `generate` and `predict` divide models, too, and plan nothing.
     from minia3.training.device_plan import fits_one_device
 
-    return fits_one_device(model_config, dtype, config, memory)
+    if config.quantize is None and has_packed(model, stored):
+        config = replace(config, quantize="nf4")  # in which it stays
+    return fits_one_device(model.config, dtype, config, memory)
 
 
 def make_mesh(device, n_per_copy):

@@ -13,12 +13,14 @@ from torch import nn
 import minia3
 from minia3.adapters.lora import add_lora, save_lora
 from minia3.adapters.merge import merge_files
+from minia3.cli.info import info
 from minia3.cli.main import main
 from minia3.model.linear import Linear
 from minia3.model.more_vectors import add_vectors, possible_vectors
 from minia3.model.quantized import NF4Linear, dequantize, quantized_linears
 from minia3.training.config import Config
 from minia3.training.methods import trainable_parameters
+from minia3.training.shards import is_enough_memory
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
@@ -158,6 +160,66 @@ def test_weights_are_never_rounded_to_the_dtype_that_they_had_before(tmp_path, k
             expected = linear.from_weight(plain.get_submodule(name).weight)
             assert torch.equal(linear.codes, expected.codes), name
             assert torch.equal(linear.scales, expected.scales), name
+
+
+@pytest.fixture
+def little_activations(monkeypatch):
+    """Let the base take nearly all of the memory that a plan asks for."""
+
+    def planned_activations(config, dtype, shape, flags):
+        return 1000 * shape.n_examples
+
+    target = "minia3.training.device_plan.planned_activations"
+    monkeypatch.setattr(target, planned_activations)
+
+
+def write_both(folder):
+    """Write a model in nf4, and with plain weights. Return the two folders as texts."""
+    folders = (folder / "stored", folder / "plain")
+    write_quantized("llama-gqa", folders[0], double_quant=False)
+    make("llama-gqa", **WIDE["llama-gqa"]).save_pretrained(folders[1])
+    return [str(path) for path in folders]
+
+
+@pytest.mark.usefixtures("little_activations")
+@pytest.mark.parametrize("has_weights", [True, False])
+@pytest.mark.parametrize(
+    ("n_devices", "megabytes", "answer"), [(2, 0.15, "yes"), (1, 0.08, "no"), (1, 0.01, "no")]
+)
+def test_it_is_planned_in_nf4_without_a_flag(
+    tmp_path, capsys, has_weights, n_devices, megabytes, answer
+):
+    stored, plain = write_both(tmp_path)
+    if not has_weights:
+        (tmp_path / "stored" / "model.safetensors").unlink()
+    sizes = ["--devices", str(n_devices), "--memory", str(megabytes / 1e3), "--batch", "2"]
+    assert main(["info", stored, *sizes]) == 0
+    found = capsys.readouterr().out
+    assert "MB: nf4 base, whole on each\n" in found
+    assert f"\nfits              {answer}: " in found
+    assert main(["info", plain, *sizes, "--quantize", "nf4"]) == 0
+    expected = capsys.readouterr().out.replace(plain, stored)
+    assert found == expected.replace(" --quantize nf4", "")
+
+
+def test_without_devices_a_note_says_that_it_takes_less(tmp_path, monkeypatch):
+    monkeypatch.setattr("minia3.training.memory_plan.planned_memory", lambda *_, **options: 0)
+    found = []
+    for folder in write_both(tmp_path):
+        notes = [text for title, text in info(folder) if not title]
+        found.append("The blocks are stored in nf4, and take less: " in notes[-1])
+    assert found == [True, False]
+
+
+@pytest.mark.usefixtures("little_activations")
+def test_a_run_divides_it_only_if_it_does_not_fit_in_nf4(tmp_path):
+    stored, plain = write_both(tmp_path)
+    memory = 105_000
+    assert is_enough_memory(Config(model=stored), torch.bfloat16, memory)
+    assert is_enough_memory(Config(model=plain, quantize="nf4"), torch.bfloat16, memory)
+    assert not is_enough_memory(Config(model=plain), torch.bfloat16, memory)
+    assert not is_enough_memory(Config(model=stored, quantize="int8"), torch.bfloat16, memory)
+    assert not is_enough_memory(Config(model=stored), torch.bfloat16, memory // 2)
 
 
 def test_the_command_that_converts_names_the_one_that_writes_plain_weights(
