@@ -43,28 +43,6 @@ class PackedEntry(NamedTuple):
     read_codes: Callable[[], tuple]  # codes (O, I / 2) and scales (O, I / 64), see NF4Linear
 
 
-def is_config_of_nf4(path):
-    """Return whether a model's config.json says that its weights are stored in nf4.
-
-    For a model whose weights are not on this machine. The config was checked before.
-    """
-    config = path / "config.json"
-    return config.exists() and read_json(config).get("quantization_config") is not None
-
-
-def read_as(entry, dtype, rows=ALL_ROWS, device="cpu"):
-    """Return rows of the weight of an Entry or a PackedEntry, in a dtype and on a device.
-
-    A weight in nf4 is dequantized in this dtype, as while the model runs. It is never rounded to
-    the dtype that it had before it was quantized, which may be narrower.
-    """
-    if isinstance(entry, PackedEntry):
-        weight = NF4Linear.dequantize(*entry.read_codes(), dtype)
-    else:
-        weight = entry.read()
-    return weight[rows].to(device=device, dtype=dtype)
-
-
 def check_quantization(quantization):
     """Raise ValueError if a config.json's quantization_config is not nf4's. None is none."""
     if quantization is None:
@@ -75,6 +53,15 @@ def check_quantization(quantization):
                 "config.json asks for what minia3 does not support: "
                 f"quantization_config={quantization!r:.200}; expected {key}={value!r}"
             )
+
+
+def is_config_of_nf4(path):
+    """Return whether a model's config.json says that its weights are stored in nf4.
+
+    For a model whose weights are not on this machine. The config was checked before.
+    """
+    config = path / "config.json"
+    return config.exists() and read_json(config).get("quantization_config") is not None
 
 
 def join_packed(entries):
@@ -140,3 +127,16 @@ def read_packed(name, codes, parts, shape):
 
 def dequantized(read_codes, dtype):
     return NF4Linear.dequantize(*read_codes(), dtype)
+
+
+def read_as(entry, dtype, rows=ALL_ROWS, device="cpu"):
+    """Return rows of the weight of an Entry or a PackedEntry, in a dtype and on a device.
+
+    A weight in nf4 is dequantized in this dtype, as while the model runs. It is never rounded to
+    the dtype that it had before it was quantized, which may be narrower.
+    """
+    if isinstance(entry, PackedEntry):
+        weight = NF4Linear.dequantize(*entry.read_codes(), dtype)
+    else:
+        weight = entry.read()
+    return weight[rows].to(device=device, dtype=dtype)

@@ -53,7 +53,11 @@ def add_arguments(parser):
         "--devices", type=int, help="plan a run on this many devices (default: plan for no device)"
     )
     parser.add_argument("--memory", type=float, help="memory of each device in GB")
-    add_quantize(parser, "plan a base whose blocks are in 8 or 4 bits (default: in bfloat16)")
+    add_quantize(
+        parser,
+        "plan a base whose blocks are in 8 or 4 bits (default: in bfloat16, or in nf4 if they are "
+        "stored so)",
+    )
     parser.add_argument(
         "--shard",
         nargs="?",
@@ -217,7 +221,7 @@ def hub_column(repo):
 def find_config(name_or_path):
     """Return the full name of a model, its config, and "nf4" if it is stored so (else None).
 
-    Of weights that are on this machine, only the names, shapes and dtypes matter.
+    No weights are needed. If they are on this machine, `open_checkpoint` looks at them.
     """
     from minia3.checkpoints.hub import find
     from minia3.checkpoints.known_models import known_model
@@ -238,7 +242,8 @@ def find_config(name_or_path):
     else:
         config, _ = read_checkpoint(path, weights=False)
         is_nf4 = is_config_of_nf4(path)
-    return str(name_or_path), config, "nf4" if is_nf4 else None
+    stored_kind = "nf4" if is_nf4 else None
+    return str(name_or_path), config, stored_kind
 
 
 def adapter_file_size(rows):

@@ -78,7 +78,8 @@ def is_enough_memory(config, dtype, memory):
     from minia3.training.device_plan import fits_one_device
 
     if config.quantize is None and has_packed(model, stored):
-        config = replace(config, quantize="nf4")  # in which it stays
+        # The blocks stay in nf4. Linears that were left plain, usually few, count as nf4, too.
+        config = replace(config, quantize="nf4")
     return fits_one_device(model.config, dtype, config, memory)
 
 
