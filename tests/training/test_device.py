@@ -232,8 +232,9 @@ def test_an_accelerator_that_the_run_was_the_first_to_use_gets_the_seed_of_the_p
     started = []
     seeds = []
     module = SimpleNamespace(is_initialized=lambda: bool(started), manual_seed_all=seeds.append)
-    monkeypatch.setattr(torch, "cuda", module)
     with torch.random.fork_rng(devices=[]):
+        # Within, because fork_rng keeps the first module that it finds for all later calls.
+        monkeypatch.setattr(torch, "cuda", module)
         torch.default_generator.manual_seed(5)
         with unchanged_process():
             torch.default_generator.manual_seed(6)
