@@ -399,7 +399,7 @@ def test_a_file_that_is_read_back_with_another_bit_is_refused_and_removed(
         save_file(tensors, temporary / "model.safetensors")
 
     monkeypatch.setattr("minia3.adapters.merge.save_tensors", on_a_bad_disk)
-    with pytest.raises(ValueError, match=f"{tensor} was read back with other bits"):
+    with pytest.raises(ValueError, match=f"{tensor} was read back with different bits"):
         merge_files(folder, vectors, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
