@@ -30,6 +30,7 @@ class Progress:
     last_parameters: dict = field(default_factory=dict)  # of the last step, if not the best
     n_misses: int = 0  # evaluations in a row that were not better
     failure: str | None = None  # why the cell failed, if it did
+    divergence: str | None = None  # why its training ended early with the best parameters so far
     is_reported: bool = False
     extended_from: list = field(default_factory=list)  # the steps at which it was made longer
     dtypes: list = field(default_factory=list)  # of the base, in order
@@ -104,9 +105,11 @@ class Cell:
 
     @property
     def is_active(self):
-        """Whether the cell still trains: it has not failed, and it has patience left."""
-        is_out_of_patience = 0 < self.config.patience <= self.progress.n_misses
-        return self.progress.failure is None and not is_out_of_patience
+        """Whether the cell still trains: it has neither failed nor diverged, and has patience."""
+        progress = self.progress
+        is_out_of_patience = 0 < self.config.patience <= progress.n_misses
+        has_ended = progress.failure is not None or progress.divergence is not None
+        return not has_ended and not is_out_of_patience
 
     def attach(self, trained, row):
         """Choose what this cell trains.
@@ -148,12 +151,17 @@ class Cell:
     def take_best(self):
         """Restore the best parameters, if an evaluation kept any.
 
-        Otherwise keep the last ones, and fail the cell if they are not finite.
+        Otherwise keep the last ones, and fail the cell if they are not finite. If its loss became
+        NaN after such an evaluation, its final lines warn of it.
         """
         if self.progress.best_parameters:
-            self.progress.last_parameters = copy_values(self.parameters)  # to extend the run from
+            if self.progress.divergence is None:  # or else nothing can continue from the last ones
+                self.progress.last_parameters = copy_values(self.parameters)  # to extend the run
             set_values(self.parameters, self.progress.best_parameters)
             self.progress.best_parameters = {}  # so that a checkpoint has them only once
+        if self.progress.divergence is not None:
+            for assignment in self.assignments:
+                assignment.doubts.append(self.progress.divergence)
         if self.progress.failure is None and not all_finite(self.parameters):
             self.fail("the parameters are not finite after the last step")
 
@@ -165,7 +173,15 @@ class Cell:
             self.progress.last_parameters = {}
 
     def fail(self, reason, advice=ADVICE):
-        """End the training of this cell. The other cells continue."""
+        """End the training of this cell. The other cells continue.
+
+        If an evaluation has kept its best parameters, they are its result, and it has not failed.
+        """
+        if self.progress.best_parameters:
+            kept = f"{reason}, so the parameters are those of the best evaluation before"
+            self.progress.divergence = f"{kept}: {advice}"
+            tqdm.write(f"ended    {self.title}{self.progress.divergence}", file=sys.stdout)
+            return
         self.progress.failure = f"{self.title}{reason}: {advice}"
         if self.title:
             tqdm.write(f"failed   {self.progress.failure}", file=sys.stdout)

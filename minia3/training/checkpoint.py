@@ -194,13 +194,14 @@ def forget_states(folder):
 def reopen_cells(group_state):
     """Return the state of a group whose cells have patience again, and no result yet.
 
-    Record the step from which each cell continues in its `extended_from`.
+    Record the step from which each cell continues in its `extended_from`. A cell that has diverged
+    does not continue.
     """
     step = group_state["log"]["step"]
     cells = []
     for cell in group_state["cells"]:
         progress = cell["progress"] | {"is_reported": False, "n_misses": 0}
-        if step > 0:
+        if step > 0 and progress.get("divergence") is None:
             # A killed extension has noted the step already.
             progress["extended_from"] = sorted({*progress.get("extended_from", ()), step})
         cells.append(cell | {"progress": progress})

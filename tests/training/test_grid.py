@@ -40,6 +40,7 @@ from minia3.cli.table import table_rows
 from minia3.tasks.examples import Example
 from minia3.tasks.splits import load_task
 from minia3.training.batch import MixedBatch
+from minia3.training.checkpoint import copy_values
 from minia3.training.drawing import draw_batches
 from minia3.training.group import Group
 from minia3.training.optimizer import Adafactor
@@ -441,11 +442,11 @@ def test_the_report_of_a_grid_has_a_line_for_each_adapter(tmp_path, capsys):
 UPDATE = Group.update
 
 
-def update_to_nan(group, rates):
-    """Take a step; the fourth step of one cell ends in NaN. (A huge lr may or may not.)"""
+def update_to_nan(group, rates, n_steps=4):
+    """Take a step; one step of one cell ends in NaN. (A huge lr may or may not.)"""
     UPDATE(group, rates)
     for cell in rates:
-        if cell.config.lr == 0.3 and cell.progress.n_steps == 4:
+        if cell.config.lr == 0.3 and cell.progress.n_steps == n_steps:
             for l_D in cell.parameters.values():
                 l_D.fill_(float("nan"))
 
@@ -500,6 +501,55 @@ def test_an_adapter_that_diverges_as_it_runs_out_of_patience_ends_as_it_does_alo
         assert_close(found["lr0.3"]["saved"][key], x, rtol=1e-6, atol=1e-6)
     assert found["lr0.2"]["final"]["steps"] == 12
     assert all(np.isfinite(line["loss"]) for line in events(tmp_path / "grid", "train"))
+
+
+def test_an_adapter_whose_loss_becomes_nan_has_its_best_vectors(tmp_path, capsys, monkeypatch):
+    """Step 14 is the first with a loss of NaN, which step 20 reads, before it would evaluate."""
+    best = {}
+
+    def accuracy_of(group, cell):
+        if cell.config.lr == 0.3:
+            best[group.log.step] = copy_values(cell.parameters)
+        return 0.5
+
+    results_by_hand(monkeypatch, accuracy_of)
+    monkeypatch.setattr(Group, "update", functools.partialmethod(update_to_nan, n_steps=13))
+    flags = {**EXACT, "warmup_ratio": 0, "steps": 40, "eval_every": 10}
+    alone = apart(tmp_path / "alone", running.task(), lr=0.3, **flags)
+    assert list(best) == [10]
+    for key, l_D in best[10].items():
+        assert torch.equal(alone["vectors"][key], l_D[0])
+        assert l_D.isfinite().all()
+    kept = (
+        "the loss of step 14 is nan, so the parameters are those of the best evaluation before: "
+        "try a lower --lr or --dtype float32"
+    )
+    assert (alone["final"]["best_step"], alone["final"]["steps"]) == (10, 20)
+    assert kept in alone["final"]["warnings"]
+    shown = capsys.readouterr().out
+    assert f"\nended    {kept}\n" in shown
+    assert re.search(rf"\n  warning +{kept}\n", shown)
+
+    # Nothing is left to train, so a longer run has the same vectors.
+    assert run(["--resume", tmp_path / "alone", "--steps", 50]) == 0
+    longer = read_cell(tmp_path / "alone", None, 0)
+    assert (longer["final"]["best_step"], longer["final"]["steps"]) == (10, 20)
+    assert longer["final"]["warnings"].count(kept) == 1
+
+    found = together(tmp_path / "grid", task=running.task(), lr="0.2,0.3", **flags)
+    assert found["lr0.3"]["final"]["warnings"].count(kept) == 1
+    assert kept not in found["lr0.2"]["final"]["warnings"]
+    assert [found[name]["final"]["steps"] for name in found] == [40, 20]
+    for saved in (found["lr0.3"]["saved"], longer["saved"]):
+        for key, x in alone["saved"].items():
+            assert_close(saved[key], x, rtol=1e-6, atol=1e-6)
+    assert all(np.isfinite(line["loss"]) for line in events(tmp_path / "grid", "train"))
+
+    assert run(["--resume", tmp_path / "grid", "--steps", 45]) == 0
+    other, diverged = events(tmp_path / "grid", "final")
+    assert (other["steps"], other["extended_from"]) == (45, [40])
+    assert diverged["steps"] == 20
+    assert "extended_from" not in diverged
 
 
 def test_vectors_that_are_not_finite_are_never_saved(tmp_path, capsys):
