@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 import threading
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -288,7 +288,7 @@ class Run:
 
     @contextmanager
     def checkpointing(self, group):
-        """Save a checkpoint at the end of the block, and also if it is stopped."""
+        """Save a checkpoint at the end of the block, and also if it is stopped or a step fails."""
         try:
             signals = self.signals
             with signals.ignored_after(PeerGone), signals.arriving(), computing_together():
@@ -298,6 +298,12 @@ class Run:
             if self.undo_step is not None:
                 self.undo_step()
             self.save(group)
+            raise
+        except Exception:  # such as memory that has run out
+            if self.undo_step is not None:  # or else the step may be half done
+                with suppress(Exception):  # because the first error says what is wrong
+                    self.undo_step()
+                    self.save(group)
             raise
 
     def save(self, group):

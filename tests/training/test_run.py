@@ -329,6 +329,21 @@ def test_a_stopped_run_that_cannot_be_saved_says_why(tmp_path, monkeypatch, caps
     assert "No space left on device" in last_words(capsys)
 
 
+def test_a_step_that_fails_says_why_although_its_run_cannot_be_saved(tmp_path, monkeypatch, capsys):
+    def choice_logprobs(*arguments):
+        monkeypatch.setattr(training_run, "save_checkpoint", full_disk)
+        raise RuntimeError("out of memory")
+
+    def full_disk(*args):
+        n_saves.append(None)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    n_saves = []
+    monkeypatch.setattr(train, "choice_logprobs", choice_logprobs)
+    fails(words(tmp_path / "run"), capsys, "train.py: out of memory", code=1)
+    assert len(n_saves) == 1
+
+
 @pytest.mark.slow
 def test_an_evaluation_on_held_out_rows_counts_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
     """Copies of a run that has stopped just before an evaluation are stopped within it."""
@@ -573,6 +588,33 @@ def test_a_run_that_breaks_off_continues_bit_for_bit_from_its_last_checkpoint(
     steps = steps_that_begin(monkeypatch)
     assert resume(out) == 0
     assert steps == list(range(7, 14))
+    assert outcome(out) == outcome(whole)
+
+
+def test_a_run_whose_memory_runs_out_in_a_step_continues_before_this_step(
+    tmp_path, monkeypatch, capsys
+):
+    """Dropout has been drawn by then, and a part of the gradients exists."""
+    flags = {"dropout": 0.1, "steps": 12, "save_every": 100, "micro_batch_size": 3}
+    whole = tmp_path / "whole"
+    out = tmp_path / "run"
+    assert run(words(whole, **flags)) == 0
+    n_parts = []
+
+    def choice_logprobs(*arguments):
+        n_parts.append(None)
+        logp_BCL = original(*arguments)
+        if len(n_parts) == 16:  # the second one of step 8
+            raise RuntimeError("out of memory")
+        return logp_BCL
+
+    original = train.choice_logprobs
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "choice_logprobs", choice_logprobs)
+        fails(words(out, **flags), capsys, "out of memory", code=1)
+    steps = steps_that_begin(monkeypatch)
+    assert resume(out) == 0
+    assert steps == list(range(7, 12))
     assert outcome(out) == outcome(whole)
 
 

@@ -353,6 +353,6 @@ def test_a_run_that_ran_out_of_memory_continues_with_the_command_that_it_names(
     sizes = {"micro_batch_size": 2, "eval_batch_size": 5}
     assert command == ["--resume", str(out), "--micro-batch-size", "2", "--eval-batch-size", "5"]
     assert run(command) == 0
-    assert len(n_passes) == 5 + 2 * 3  # the steps after the third, in two passes each
+    assert len(n_passes) == 5 + 2 * 2  # the steps after the fourth, in two passes each
     recorded = json.loads((out / "config.json").read_text())
     assert {name: recorded[name] for name in sizes} == sizes
