@@ -120,8 +120,14 @@ def run_group(run, group, config, baselines):
     """Evaluate the cells of a group, train them, evaluate them again, and save the result."""
     run.restore(group)  # a resumed run has done a part of what follows
     for cell in group.cells:
-        if cell.progress.before is None:
-            cell.progress.before = evaluate_before(run, group, cell, baselines)
+        if cell.progress.before is not None:  # before this run was resumed
+            baselines.add(cell)
+            continue
+        is_shared = baselines.has(cell)
+        cell.progress.before = evaluate_before(run, group, cell, baselines)
+        trains_next = config.is_training and cell is group.cells[-1]
+        if not is_shared and not trains_next:  # because many tasks take long, and training saves
+            run.save(group)
     if config.is_training:
         train(run, group, config)
     for cell in group.cells:

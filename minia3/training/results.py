@@ -26,11 +26,24 @@ class Baselines:
         self.results = {}  # (name of the task, idx of each row) -> result
 
     def find(self, group, cell, assignment):
-        rows = assignment.report_rows
-        key = (assignment.task.name, *(row["idx"] for row in rows))
+        key = key_of_rows(assignment)
         if key not in self.results:
-            self.results[key] = group.evaluate(cell, assignment, rows)
+            self.results[key] = group.evaluate(cell, assignment, assignment.report_rows)
         return self.results[key]
+
+    def has(self, cell):
+        """Return whether other cells have all results that this cell needs."""
+        return all(key_of_rows(assignment) in self.results for assignment in cell.assignments)
+
+    def add(self, cell):
+        """Add the results of a cell that was evaluated before its run was resumed."""
+        for assignment, result in zip(cell.assignments, cell.progress.before, strict=True):
+            self.results[key_of_rows(assignment)] = result
+
+
+def key_of_rows(assignment):
+    """Return what is equal for cells that report on the same rows."""
+    return (assignment.task.name, *(row["idx"] for row in assignment.report_rows))
 
 
 def evaluate_before(run, group, cell, baselines):

@@ -591,6 +591,45 @@ def test_a_run_that_breaks_off_continues_bit_for_bit_from_its_last_checkpoint(
     assert outcome(out) == outcome(whole)
 
 
+@pytest.mark.parametrize("method", ["none", "ia3"])
+def test_a_run_that_is_stopped_between_its_tasks_evaluates_each_of_them_once(
+    method, tmp_path, monkeypatch, capsys
+):
+    """With two seeds each, which share a result: that of the first task is not made again."""
+    made = running.rows(60)
+    tasks = []
+    for place, name in enumerate(("one", "two", "three")):
+        part = made[20 * place :]
+        tasks.append(running.write(tmp_path / name, train=part[:10], test=part[10:20]))
+    flags = {"task": ",".join(map(str, tasks)), "seed": "0,1", "method": method, "steps": 2}
+    whole = tmp_path / "whole"
+    out = tmp_path / "run"
+    assert run(words(whole, **flags)) == 0
+
+    evaluated = []  # steps and tasks
+
+    def evaluate(group, cell, assignment, *arguments):
+        evaluated.append((group.log.step, assignment.task.name))
+        if evaluated == [(0, "one"), (0, "two"), (0, "three")]:
+            kill_self(signal.SIGTERM)
+        return original(group, cell, assignment, *arguments)
+
+    original = Group.evaluate
+    monkeypatch.setattr(Group, "evaluate", evaluate)
+    assert run(words(out, **flags)) == 143
+    assert [line["task"] for line in events(out, "before")] == ["one", "one", "two", "two"]
+    evaluated.append("resumed")
+    capsys.readouterr()
+    assert resume(out) == 0
+    before = [place for place in evaluated[4:] if place[0] == 0]
+    assert evaluated[3] == "resumed"
+    assert before == [(0, "three")]
+    assert "starts over" not in capsys.readouterr().out
+    names = [line["task"] for line in events(out, "before")]
+    assert names == ["one", "one", "two", "two", "three", "three"]
+    assert outcome(out) == outcome(whole)
+
+
 def test_a_run_whose_memory_runs_out_in_a_step_continues_before_this_step(
     tmp_path, monkeypatch, capsys
 ):
