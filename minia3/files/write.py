@@ -26,7 +26,8 @@ nothing of .written/, such as transformers, finds
 
 If only one file changes, step 4 is left out, because one rename leads from the old checkpoint to
 the new one. The protocol guards against a kill but not against a power failure, because it does not
-wait until the files are on the disk. (`replacing` waits.)
+wait until the files are on the disk, which takes seconds for a large model. (`replacing` waits, and
+a run waits for what it has trained: `sync_files`.)
 """
 
 import errno
@@ -81,12 +82,24 @@ def replacing(path):
     try:
         with naming_file(path):
             yield temporary
-            with open(temporary, "r+b") as file:  # Windows syncs only what may be written
-                # Or a power failure could leave the name without the content.
-                os.fsync(file.fileno())
+            sync_file(temporary)  # or a power failure could leave the name without the content
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_file(path):
+    """Wait until a file is on the disk."""
+    with open(path, "r+b") as file:  # Windows syncs only what may be written
+        os.fsync(file.fileno())
+
+
+def sync_files(folder):
+    """Wait until the files of a folder, and of its sub-folders, are on the disk."""
+    for path in Path(folder).rglob("*"):
+        if path.is_file() and not path.is_symlink():  # a link may lead to the file of somebody else
+            with naming_file(path):
+                sync_file(path)
 
 
 def remove_leftovers(folder):

@@ -10,6 +10,7 @@ icl     nothing: the base model is evaluated with examples before each input
 from minia3.adapters.lora import add_lora, is_lora, load_lora, lora_parameters, save_lora
 from minia3.adapters.rows import load_adapter, write_row
 from minia3.checkpoints.save import write_model
+from minia3.files.write import sync_files
 from minia3.inference.turns import answer_as_learned
 from minia3.model.ia3 import freeze
 from minia3.model.more_vectors import add_vectors, choose_vectors
@@ -81,7 +82,7 @@ def check_kind(config):
 def save_trained(group, cell, folder):
     """Write a cell's adapter as a PEFT folder, or the whole model after full fine-tuning.
 
-    Write task.json beside it.
+    Write task.json beside it, and wait until all of them are on the disk.
     """
     specs = []
     for task in cell.task.members:
@@ -100,3 +101,5 @@ def save_trained(group, cell, folder):
     # So that `predict` puts further rows into the same words, and `generate` knows whether the
     # adapter has learned to end a text.
     write_task_file(folder, specs)
+    # Or a power failure could leave the results of the run without what it has trained.
+    sync_files(folder)

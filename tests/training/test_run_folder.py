@@ -763,3 +763,28 @@ def test_the_lines_that_a_checkpoint_counts_are_on_the_disk_before_it(tmp_path, 
     assert run(["--resume", out, "--steps", 6]) == 0
     assert len(counted) >= 5
     assert all(n_bytes == n_synced for n_bytes, n_synced in counted)
+
+
+@pytest.mark.parametrize("method", ["ia3", "lora", "full"])
+def test_what_a_run_has_trained_is_on_the_disk_before_its_results(method, tmp_path, monkeypatch):
+    synced = set()  # (number of a file, its bytes)
+    seen = []
+    fsync = os.fsync
+    finish_cell = training_run.Run.finish_cell
+
+    def note_file(descriptor):
+        fsync(descriptor)
+        status = os.fstat(descriptor)
+        synced.add((status.st_ino, status.st_size))
+
+    def note_folder(run, cell, finals):
+        for path in (run.folder / cell.folder).iterdir():
+            seen.append(path.name)
+            assert (path.stat().st_ino, path.stat().st_size) in synced, path.name
+        finish_cell(run, cell, finals)
+
+    monkeypatch.setattr(os, "fsync", note_file)
+    monkeypatch.setattr(training_run.Run, "finish_cell", note_folder)
+    assert run(words(tmp_path / "run", method=method, steps=1)) == 0
+    weights = {"full": "model.safetensors"}.get(method, "adapter_model.safetensors")
+    assert {weights, "task.json", "README.md"} <= set(seen)
