@@ -13,7 +13,7 @@ import os
 import warnings
 from pathlib import Path
 
-from minia3.files.read import broken_link, read_json, reading
+from minia3.files.read import broken_link, problem_of_file, read_json, reading
 
 # A folder with either file holds a model: in Hugging Face's layout, or in Meta's.
 CONFIG_FILES = ("config.json", "params.json")
@@ -249,9 +249,12 @@ def weight_files(folder):
 
 
 def has_all_weights(path):
-    """Return whether a path is a folder with weights in Hugging Face's layout, and all shards."""
+    """Return whether a path is a folder with weights in Hugging Face's layout, and all shards.
+
+    An empty file and a Git LFS pointer are not weights.
+    """
     try:
-        return path.is_dir() and len(weight_files(path)) > 0
+        return path.is_dir() and not any(map(problem_of_file, weight_files(path)))
     except ValueError:  # a download may have broken off
         return False
 

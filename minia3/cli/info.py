@@ -26,10 +26,12 @@ PLAN_DEFAULTS = {
 MEMORY_NOTE = """\
 The most that tensors take at once, weights included, for {batch} sources of {length} tokens.
 To serve: read the sources and write one token. To train: one step with targets of {target} tokens.
-Python and PyTorch take about 0.3 GB more, or 0.7 GB if PyTorch is built for CUDA.
+Python and PyTorch take about 0.3 GB more, or 0.6 GB if PyTorch is built for CUDA.
 On a CPU, the allocator keeps some of what is freed."""
 
-NF4_NOTE = "The blocks are stored in nf4, and take less: --devices and --memory plan for that."
+NF4_NOTE = (
+    "The blocks are stored in nf4, and take less than this: give --devices and --memory for a plan."
+)
 
 
 def add_arguments(parser):

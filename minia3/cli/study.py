@@ -91,7 +91,7 @@ def read_share(text):
     match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
     if match is None:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a share such as 2/6; to make all runs, put --run after the file"
+            f"{text!r} is not a share such as 2/6; to carry out all runs, put --run after the file"
         )
     i, n = map(int, match.groups())
     if not 1 <= i <= n:

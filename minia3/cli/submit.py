@@ -96,7 +96,8 @@ def submit(target, words, folder, n_workers, hours):
     path = folder.absolute()
     if "%" in str(path):
         raise ValueError(
-            f"{path}: found a %, which SLURM replaces with numbers of jobs: choose another --out"
+            f"{path}: found a %, which submitit replaces with the number of a job: choose another "
+            "--out"
         )
     try:
         import submitit

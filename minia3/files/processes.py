@@ -260,8 +260,8 @@ def dividing():
     one of the processes raises a ValueError before that, all of them raise it. What is raised later
     must come from the combined results, so that all processes raise it themselves.
 
-    But if processes share a model and read different batches, only the one that raises a
-    ValueError knows of it: others wait for its part of a block. It says why and ends, and they
+    But if processes share a copy of the model and read different batches, only the one that raises
+    a ValueError knows of it: others wait for its part of a block. It says why and ends, and they
     find it gone.
     """
     if _process.n_processes == 1:
@@ -297,7 +297,7 @@ def hold_together(number):
 def share(items):
     """Return this process's share of the items of a list, within `dividing`; else, all items.
 
-    If processes share a model, their shares have the same length: if a share is shorter
+    If processes share a copy of the model, their shares have the same length: if a share is shorter
     than others, the last item of the list is added to it.
     """
     if not _process.is_dividing:

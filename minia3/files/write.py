@@ -90,7 +90,8 @@ def replacing(path):
 
 def sync_file(path):
     """Wait until a file is on the disk."""
-    with open(path, "r+b") as file:  # Windows syncs only what may be written
+    mode = "r+b" if os.name == "nt" else "rb"  # Windows syncs only what may be written
+    with open(path, mode) as file:
         os.fsync(file.fileno())
 
 

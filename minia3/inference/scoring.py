@@ -164,7 +164,7 @@ def reads_texts_in_one_pass(model, batch):
     """Return whether sources and targets are read together.
 
     A LLaMA does so if there is one target per source, because it would have no other use for the
-    keys and values of the source. Processes that share a model must make equally many
+    keys and values of the source. Processes that share a copy of the model must make equally many
     passes (see shard.py). So they ask each other, and if any has several choices, all make two.
     """
     if not isinstance(model, Llama):

@@ -2,7 +2,7 @@
 
 To write a token, a CPU reads nearly every weight once. It must also look up where each page of
 memory is. A page has 4 kB, so for hundreds of megabytes it looks up a hundred thousand pages, again
-for each token. Linux has huge pages, too (2 MB on most processors), for memory that asks for them.
+for each token. Linux also has huge pages (2 MB on most processors), and a program can ask for them.
 In a virtual machine, where a look-up takes longest, one core read 14.5 GB/s from them instead of 9.
 A few rows of bfloat16 gain most. Products of float32 gain little, and training and long prompts
 nothing, because there each weight is read once for many tokens.
@@ -24,9 +24,8 @@ ALIGNMENT = 64  # bytes, as PyTorch aligns its own tensors
 def move_to_huge_pages(model):
     """Copy the parameters of a model on the CPU into huge pages. Return whether this was done.
 
-    It is not done if a parameter is on another device or divided among processes, if the system has
-    no huge pages for processes that ask (it is not Linux, or they are switched off), or if it does
-    not grant the memory (`ulimit -v`).
+    It is not done if a parameter is on another device or divided among processes, if the system
+    grants no huge pages (it is not Linux, or they are switched off), or no memory (`ulimit -v`).
 
     The parameters stay the same objects. No other thread may use the model meanwhile. The system
     can drop the pages of a mapped file when memory gets scarce, but not the copies.
@@ -56,7 +55,7 @@ def is_plain(weight):
 
 
 def huge_page_bytes():
-    """Return the size of a huge page, or None if this system has none for who asks for them."""
+    """Return the size of a huge page, or None if this system grants none on request."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):  # not Linux
         return None
     try:

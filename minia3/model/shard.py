@@ -196,6 +196,7 @@ def compare_passes(shards, n_passes, number=0):
     passes, numbers = torch.stack(found).T.tolist()
     if len(set(passes)) > 1 or 0 < numbers.count(0) < len(numbers):
         raise RuntimeError(
-            f"the processes that share a model are out of step: their passes are {passes}"
+            "the processes that share a copy of the model are out of step: their passes are "
+            f"{passes}"
         )
     return numbers

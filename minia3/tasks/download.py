@@ -51,8 +51,7 @@ def find_or_download(spec: TaskSpec, folder: Path) -> dict[str, Path]:
     if not needed <= files.keys():
         found = ", ".join(sorted(files)) or "nothing"
         raise ValueError(
-            f"{folder}: some downloaded files were removed, and only these are left: {found}: run "
-            "this again"
+            f"{folder}: some downloaded files were removed (left: {found}): run this again"
         )
     return files
 

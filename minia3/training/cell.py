@@ -178,7 +178,7 @@ class Cell:
         If an evaluation has kept its best parameters, they are its result, and it has not failed.
         """
         if self.progress.best_parameters:
-            kept = f"{reason}, so the parameters are those of the best evaluation before"
+            kept = f"{reason}, so the best parameters from before are kept"
             self.progress.divergence = f"{kept}: {advice}"
             tqdm.write(f"ended    {self.title}{self.progress.divergence}", file=sys.stdout)
             return

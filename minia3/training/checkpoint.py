@@ -194,14 +194,14 @@ def forget_states(folder):
 def reopen_cells(group_state):
     """Return the state of a group whose cells have patience again, and no result yet.
 
-    Record the step from which each cell continues in its `extended_from`. A cell that has diverged
-    does not continue.
+    Record in `extended_from` of each cell the step at which the run was made longer. (Also of a
+    cell that has diverged and does not continue: its flags are those of the longer run, too.)
     """
     step = group_state["log"]["step"]
     cells = []
     for cell in group_state["cells"]:
         progress = cell["progress"] | {"is_reported": False, "n_misses": 0}
-        if step > 0 and progress.get("divergence") is None:
+        if step > 0:
             # A killed extension has noted the step already.
             progress["extended_from"] = sorted({*progress.get("extended_from", ()), step})
         cells.append(cell | {"progress": progress})

@@ -28,7 +28,8 @@ def extend(saved, config, n_steps):
 
     saved: its last Checkpoint. n_steps: from `steps_done`. All cells train on, also those of a
     stopped run that have a result already or have run out of patience. Raise ValueError if the run
-    has done more steps already, or if it lacks the state to continue from.
+    has done more steps already, if it lacks the state to continue from, or if no cell of its first
+    group can train on.
     """
     if not config.is_training:
         raise ValueError("--steps extends training, and this run trains nothing")
@@ -44,6 +45,9 @@ def extend(saved, config, n_steps):
         folder = Path(config.resume)
         with reading(folder / "checkpoint.pt", damage_in(folder)):
             group = reopen_cells(saved.group)
+    if all(cell["progress"].get("divergence") for cell in group["cells"]):
+        found = f"the loss of {config.resume} became NaN, so nothing is left to train"
+        raise ValueError(f"{found}: begin a new run with a lower --lr")
     return dataclasses.replace(
         saved, is_finished=False, n_done=0, finals=[], failure=None, group=group
     )

@@ -201,8 +201,8 @@ def count_in_parts(model, counter):
 def score_without_padding(model, source_BM, target_BCL, sharded=False, keeps_kv=False):
     """Return a scalar to call `backward` on: the sum of what `choice_logprobs` returns.
 
-    sharded: whether processes hold the base together. keeps_kv: whether a LLaMA keeps the keys and
-    values of texts with a single target.
+    sharded: whether processes share one copy of the base. keeps_kv: whether a LLaMA keeps the keys
+    and values of texts with a single target.
     """
     n_examples, n_choices, length = target_BCL.shape
     if n_choices == 1:

@@ -337,7 +337,7 @@ def describe_results(config, finals):
 
 
 def notes_on_inputs(config, final):
-    """Return what limits a result, in the words that the run has printed."""
+    """Return what limits a result: what the run has noted, and how many inputs were cut."""
     result = final | {"n": final["rows"]}
     notes = notes_on_texts(final["metric"], result, config.max_new_tokens)
     notes += notes_on_ties(result, final.get("dtype"))

@@ -301,6 +301,8 @@ class Run:
             raise
         except Exception:  # such as memory that has run out
             if self.undo_step is not None:  # or else the step may be half done
+                # Other processes may end by the same error, and torchrun then stops this one.
+                self.signals.is_stopping = n_processes() > 1
                 with suppress(Exception):  # because the first error says what is wrong
                     self.undo_step()
                     self.save(group)

@@ -110,7 +110,7 @@ def peaks_of_step(model_config, dtype, shape, config, sharded=False):
 
     config: the flags of the run; what trains, dropout and recomputation change what is kept.
     (--layers is not looked at: the vectors of all layers train here.) sharded: whether processes
-    hold the base together, because then choices are not scored in chunks.
+    share one copy of the base, because then choices are not scored in chunks.
     """
     with FakeTensorMode():
         model = model_without_values(model_config, dtype)

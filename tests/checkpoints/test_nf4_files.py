@@ -207,7 +207,7 @@ def test_without_devices_a_note_says_that_it_takes_less(tmp_path, monkeypatch):
     found = []
     for folder in write_both(tmp_path):
         notes = [text for title, text in info(folder) if not title]
-        found.append("The blocks are stored in nf4, and take less: " in notes[-1])
+        found.append("The blocks are stored in nf4, and take less than this: " in notes[-1])
     assert found == [True, False]
 
 

@@ -170,7 +170,7 @@ def test_an_adapter_is_not_saved_over_a_model_or_a_run(loaded, tmp_path):
     assert {path: sorted(path.iterdir()) for path in contents} == contents
 
 
-@pytest.mark.filterwarnings("error:.*task.json stays")
+@pytest.mark.filterwarnings("error:.*task.json was left as it is")
 def test_a_task_file_that_stays_is_a_warning(loaded, tmp_path):
     """It may be of the adapter or model that was there before."""
     model = loaded("llama-gqa", seed=0)

@@ -177,12 +177,15 @@ def test_weights_that_are_there_say_whether_the_head_is_the_embedding(name, peer
     found = cells(peer(name).folder)
     assert found["parameters"] == f"{base_parameters(model):,}"
     assert found["own_head"] == str(model.config.own_head)
-    # Half a download says as much as none.
+    # Half a download says as much as none, and so does a clone without its large files.
     for file in peer(name).folder.glob("*.json"):
         shutil.copy(file, tmp_path)
     index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     raw = json.loads((tmp_path / "config.json").read_text())
+    assert cells(tmp_path)["own_head"] == str(not raw["tie_word_embeddings"])
+    (tmp_path / "model.safetensors.index.json").unlink()
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     assert cells(tmp_path)["own_head"] == str(not raw["tie_word_embeddings"])
 
 

@@ -55,8 +55,8 @@ def test_a_path_that_submitit_would_change_is_refused(tmp_path, capsys):
     folder = tmp_path / "runs" / "50%train"
     message = failure(capsys, "study", path, "--out", folder, "--submit", "local")
     assert message == (
-        f"minia3: {folder / 'workers'}: found a %, which SLURM replaces with numbers of jobs: "
-        "choose another --out\n"
+        f"minia3: {folder / 'workers'}: found a %, which submitit replaces with the number of a "
+        "job: choose another --out\n"
     )
     assert not folder.exists()
 

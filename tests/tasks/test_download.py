@@ -323,5 +323,5 @@ def test_files_that_somebody_removes_after_the_download_are_missed(server, tmp_p
         (folder / "train.jsonl").unlink()
 
     monkeypatch.setattr("minia3.tasks.download.download", download_and_lose)
-    with pytest.raises(ValueError, match="only these are left: test, validation: run"):
+    with pytest.raises(ValueError, match=r"removed \(left: test, validation\): run"):
         load_task("served", tmp_path)

@@ -630,6 +630,25 @@ def test_a_run_that_is_stopped_between_its_tasks_evaluates_each_of_them_once(
     assert outcome(out) == outcome(whole)
 
 
+def test_torchrun_cannot_break_off_the_save_after_an_error_of_all_processes(
+    tmp_path, monkeypatch, capsys
+):
+    """Another process has ended by then, and torchrun sends SIGTERM to this one."""
+
+    def save(*arguments):
+        kill_self(signal.SIGTERM)
+        save_checkpoint(*arguments)
+
+    def be_one_of_two(*arguments):
+        monkeypatch.setattr(training_run, "n_processes", lambda: 2)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(train, "choice_logprobs", be_one_of_two)
+    monkeypatch.setattr(training_run, "save_checkpoint", save)
+    fails(words(tmp_path / "run"), capsys, "train.py: out of memory", code=1)
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
 def test_a_run_whose_memory_runs_out_in_a_step_continues_before_this_step(
     tmp_path, monkeypatch, capsys
 ):
