@@ -167,7 +167,7 @@ def run(args):
 def gains_from_huge_pages(model):
     """Return whether to copy the weights: they are bfloat16, and fit into half of the free memory.
 
-    In float32 and with a quantized base, writing is hardly faster.
+    In float32 and with a quantized base, generation is hardly faster.
     """
     from torch import bfloat16
 

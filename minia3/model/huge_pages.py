@@ -1,11 +1,11 @@
 """Weights in huge pages, which a processor reads faster.
 
-To write a token, a CPU reads nearly every weight once. It must also look up where each page of
-memory is. A page has 4 kB, so for hundreds of megabytes it looks up a hundred thousand pages, again
-for each token. Linux also has huge pages (2 MB on most processors), and a program can ask for them.
-In a virtual machine, where a look-up takes longest, one core read 14.5 GB/s from them instead of 9.
-A few rows of bfloat16 gain most. Products of float32 gain little, and training and long prompts
-nothing, because there each weight is read once for many tokens.
+To write a token, a CPU reads nearly every weight once. It must also find out where each page of
+memory is. A page has 4 kB, so hundreds of megabytes are a hundred thousand pages, which it looks up
+again for each token. Linux also has huge pages (2 MB on most processors) for programs that ask.
+Lookups are slow in a virtual machine: in ours, one core reads 14.5 GB/s from huge pages, and 9 GB/s
+from small ones. A few rows of bfloat16 gain most. Products of float32 gain little. Training and
+long prompts gain nothing, because there each weight is read once for many tokens.
 
 A mapped file lies in small pages. So the weights are copied, and then every process has its own.
 """
@@ -50,7 +50,7 @@ def move_to_huge_pages(model):
 
 
 def is_plain(weight):
-    """Return whether this is a tensor in the memory of the CPU, and not the part of one."""
+    """Return whether this is a tensor in the memory of the CPU, and not a part of one."""
     return weight.device.type == "cpu" and type(weight.data) is torch.Tensor
 
 
