@@ -26,8 +26,9 @@
 # to learn something.
 #
 # The notebook needs minia3 and matplotlib (`pip install -e '.[plot]'`), no GPU, no network, and
-# about a minute. Its source is `docs/walkthrough.py`; `python docs/build_notebook.py` executes it
-# and writes the notebook, outputs included.
+# about a minute. To run it, `pip install jupyterlab`, then `jupyter lab docs/walkthrough.ipynb`.
+# Its source is `docs/walkthrough.py`; `python docs/build_notebook.py` executes it and writes the
+# notebook, outputs included.
 
 # %% [markdown]
 # Names of tensors end in their shape: `x_LD` has L rows and D columns. The letters are B (rows
@@ -217,11 +218,13 @@ assert abs(colour_of_ball - 0.974) < 0.001
 
 # %% [markdown]
 # **LLaMA rotates** queries and keys. It takes their entries in pairs, as points of a plane, and
-# turns each pair by an angle that is proportional to the position.
+# turns each pair by an angle that is proportional to the position. (The factor is the *frequency*
+# of the pair. It is 1 for the first pair, and falls from pair to pair.)
 #
 # **Predict.** A rotation of both points by the same angle does not change their dot product. So
 # the score depends only on the *distance* of the two positions: a query at position 7 and a key
-# at 3 score exactly as at 107 and 103 (up to the rounding of angles near 100, about 1e-5).
+# at 3 score exactly as at 107 and 103 (up to the rounding of angles near 100, about 1e-5). At 8
+# and 3 the distance is another one, and so is the score.
 
 
 # %%
@@ -275,7 +278,7 @@ assert abs(score - other_score) > 1e-2
 
 # %%
 # `Attention` takes D, heads, key/value heads, K and the scale of the scores.
-# `FeedForward` takes D, F and sigma.
+# `FeedForward` takes D, F and sigma. `Block` gets None in place of a cross-attention.
 t5_attention = Attention(64, 4, 4, 16, 1.0, dropout=0.0, n_adapters=1)
 t5_feed_forward = FeedForward(64, 192, "relu", gated=False, dropout=0.0, n_adapters=1)
 t5_block = Block(t5_attention, None, t5_feed_forward, d_model=64, eps=1e-6, dropout=0.0)
@@ -385,8 +388,9 @@ assert gap(scaled_LD, l_v * out_LD) < 1e-6
 # In minia3 a vector is a module, `IA3`, and exactly three lines of `blocks.py` apply the paper's
 # vectors. A vector starts at one. **Predict:** a vector of ones changes nothing, and not only
 # approximately. In floating point $1 \cdot x$ is $x$ *bit for bit*, so training starts from an
-# exact copy of the pre-trained model. We check it on the embedded model, a T5 of 218,112
-# parameters: with its vectors of ones, and with all vectors taken out, it gives the same bits.
+# exact copy of the pre-trained model. We check it on the *embedded model*, a T5 of 218,112
+# parameters that comes with minia3: with its vectors of ones, and with all vectors taken out, it
+# gives the same bits.
 #
 # (`source` is any text. `start` reads it, and `step` returns the *logits*: for each of the 320 rows
 # of the vocabulary (314 of them are tokens), a number that says how likely it comes next. One last
@@ -495,7 +499,7 @@ for row in task.train[:3]:
 print(len(task.train), "rows to train on,", len(task.test), "to test")
 
 # %% [markdown]
-# To answer, the model says how likely each of both words is, and the likelier one is its answer.
+# To answer, the model says how likely "no" is and how likely "yes" is. The likelier one counts.
 # `model.start` reads the source, `repeat(2)` continues each source twice, and `minia3.logprobs`
 # returns $\log p(\text{token} \mid \text{source, earlier tokens})$ for each token of the two
 # answers (the word and the end token). The log-probability of an answer is the sum over its tokens.
@@ -735,12 +739,12 @@ assert max(differences) < 1e-4
 #
 # `minia3.merge` returns a new model with ordinary weights and vectors of ones, which computes
 # what the adapted model computes, at the cost of the base. **Predict.** On paper both are equal.
-# In a computer, rounding happens at different places. A float64 has 53 bits, so one rounding costs
-# about $2^{-53} \approx$ 1e-16 of a number. The log-probabilities go down to about -10, and about
-# 100 roundings follow each other: we expect 1e-14 to 1e-13, and certainly less than 1e-12. On the
-# way we save the adapter and load it again: 1,536 parameters of 4 bytes are 6,144 bytes, and the
-# file also has a header with their names, in the format of PEFT, Hugging Face's library of
-# adapters.
+# In a computer, rounding happens at different places. A float64 has 53 significant bits, so one
+# rounding costs about $2^{-53} \approx$ 1e-16 of a number. The log-probabilities go down to about
+# -10, and about 100 roundings follow each other: we expect 1e-14 to 1e-13, and certainly less than
+# 1e-12. On the way we save the adapter and load it again: 1,536 parameters of 4 bytes are 6,144
+# bytes, and the file also has a header with their names, in the format of PEFT, Hugging Face's
+# library of adapters.
 
 # %%
 with tempfile.TemporaryDirectory() as temporary:
@@ -819,9 +823,10 @@ assert right_minus_wrong_A[7] > 0
 # %% [markdown]
 # Does a mixed batch give what separate batches give? On paper, yes: no row reads another row's
 # text or vectors. **Predict.** Matrix products of other sizes may add in a different order. A
-# float32 has 24 bits: one rounding of a log-probability of -10 costs $10 \cdot 2^{-24} \approx$
-# 6e-7, and 100 of them perhaps ten times as much: about 1e-5, and less than 1e-4. In float64 it
-# shrinks by $2^{29}$: below 1e-12.
+# float32 has 24 significant bits: one rounding of a log-probability of -10 costs
+# $10 \cdot 2^{-24} \approx$ 6e-7, and 100 of them perhaps ten times as much: about 1e-5, and less
+# than 1e-4. In float64 it shrinks by $2^{29}$: below 1e-12. (If all products happen to add in the
+# same order, the difference is exactly 0. This depends on the processor.)
 
 # %%
 mixed_rows = task.test[:32]
@@ -947,7 +952,7 @@ assert lora_accuracy > 0.95
 # %% [markdown]
 # As predicted, the slow run ends about where the first run was at step 49. LoRA has learned the
 # task in the same 300 steps. For (IA)^3 this is a matter of the rate, not a limit of the method on
-# this task.
+# this task. (In the figure, the dashed line is again $\log 2$.)
 
 # %%
 figure, ax = plt.subplots(figsize=(6.5, 3))
