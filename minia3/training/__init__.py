@@ -3,7 +3,8 @@
 The loop works on a few plain objects, and each answers one question. `run`: where does the run
 write, and how is it stopped and continued? `group`: which cells share a model? `cell`: how far is
 one adapter? `batch`: which cell does an example belong to? `log`: what goes into the next line of
-metrics.jsonl? Most of the other modules
+metrics.jsonl? Most of the other modules have one of these jobs, and docs/design.md has a line
+about each module:
 
     read the flags                    command_line, config, flags, rules
     set up what the flags ask for     grid, assignment, drawing, methods, device, shards, prepare
@@ -12,6 +13,4 @@ metrics.jsonl? Most of the other modules
     add up over processes             replicas
     keep and continue a run           run_folder, metrics_file, checkpoint, extension, signals
     print what the user sees          announce, results, doubts, report, shown_commands, model_card
-
-and docs/design.md has a line about each of them.
 """

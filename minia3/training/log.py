@@ -73,7 +73,7 @@ class TrainingLog:
         every = self.config.eval_every
         if every == 0 or self.step == self.evaluated_at:
             return False
-        # Without the last step, what the lowest rates have trained could not be the best.
+        # Also after the last step, or what the lowest rates have trained could not be the best.
         return self.step % every == 0 or self.step == self.config.steps
 
     def checkpoint_is_due(self):
