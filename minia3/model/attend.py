@@ -3,7 +3,8 @@
 PyTorch computes it (`F.scaled_dot_product_attention`), usually in one call. On a CPU, rows that lie
 end to end, without their padding, take one call each (packing.py). Only a single query per row, as
 in decoding on a CPU, takes plain products instead: in 16-bit dtypes (but not in bfloat16 on a
-processor with tiles for it), and in float32 for many rows, because PyTorch's kernel is slow there.
+processor with tiles for it, Intel's AMX), and in float32 for many rows, because PyTorch's kernel is
+slow there.
 
 Shapes: B batch, L query length, M memory length, H query heads, G key/value heads, N query heads
 per key/value head (H / G), Q queries of N heads (N * L), K head width, T real tokens of a batch.

@@ -114,7 +114,7 @@ class Llama(nn.Module):
         self.make_frequency("cpu")
 
     def make_frequency(self, device):
-        """Compute the angle by which each pair turns per position, on a device."""
+        """Compute the angle by which each pair turns per position, and put it on a device."""
         with torch.device("cpu"):  # so it has values even if the model is built on the meta device
             frequency = rotation_frequencies(self.config)
         self.register_buffer("frequency", frequency.to(device), persistent=False)

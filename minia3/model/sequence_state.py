@@ -18,7 +18,8 @@ row of the cache:
 A mask lets each token see the prompt and the earlier tokens of its own row. No keys are copied.
 
 Shapes: B batch (of sources), R rows that continue them, L query length, M memory length (columns),
-N columns of one row, H query heads, G key/value heads, K head width, T real tokens of all sources.
+N some of the columns (new ones, or those that one row sees), H query heads, G key/value heads, K
+head width, T real tokens of all sources.
 """
 
 import math
