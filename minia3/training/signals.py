@@ -55,7 +55,8 @@ class Stopped(BaseException):
 def outlives_terminal():
     """Return whether this process was started with `nohup`, and is still there after SIGHUP.
 
-    torchrun is not: it passes SIGHUP on to its processes, and kills them half a minute later.
+    Under torchrun it is not: torchrun passes SIGHUP on to its processes, and kills them half a
+    minute later.
     """
     return signal.getsignal(HANGUP) is signal.SIG_IGN and "TORCHELASTIC_RUN_ID" not in os.environ
 
