@@ -499,7 +499,7 @@ for row in task.train[:3]:
 print(len(task.train), "rows to train on,", len(task.test), "to test")
 
 # %% [markdown]
-# To answer, the model says how likely "no" is and how likely "yes" is. The likelier one counts.
+# To answer, the model says how likely "no" and "yes" are, and the likelier one is its answer.
 # `model.start` reads the source, `repeat(2)` continues each source twice, and `minia3.logprobs`
 # returns $\log p(\text{token} \mid \text{source, earlier tokens})$ for each token of the two
 # answers (the word and the end token). The log-probability of an answer is the sum over its tokens.
