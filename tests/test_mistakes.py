@@ -84,7 +84,7 @@ MISTAKES = [
     ("minia3 predict tiny-t5 rows.jsonl --adapter nowhere", ["nowhere: not found"]),
     (
         "minia3 predict tiny-t5 words.csv",
-        ["words.csv:2: 'input' is None", "note", "--input"],
+        ["words.csv:2: 'input' has no value", "note", "--input"],
     ),
     ("minia3 merge tiny-t5 run/adapter /dev/full", ["/dev/full exists and is not a folder"]),
     ("minia3 mix out run:1", ["give run/adapter"]),

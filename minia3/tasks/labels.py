@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from minia3.tasks.format_strings import field_names
 from minia3.tasks.json_rows import parse_json
-from minia3.tasks.names import fold_case, list_names
+from minia3.tasks.names import fold_case, list_names, name_value
 from minia3.tasks.prompts import Prompt, choices_of
 
 # A column with more labels than this, and fewer rows per label, probably holds texts to write, if
@@ -393,7 +393,7 @@ def find_label(value, labels: Sequence[str], field: str, may_be_hidden: bool) ->
         return value
     if may_be_hidden and text in ("none", "-1", ""):
         return -1
-    raise ValueError(f"{field!r} is {value!r:.40}, expected one of {', '.join(labels):.80}")
+    raise ValueError(f"{name_value(field, value, 40)}, expected one of {', '.join(labels):.80}")
 
 
 def find_user_label(
@@ -425,7 +425,7 @@ def find_user_label(
     if is_hidden:
         advice = "leave the row out if it has no label"
     expected = f"expected one of {list_names(labels):.80}"
-    raise ValueError(f"{field!r} is {value!r:.40}, {expected}: {advice}")
+    raise ValueError(f"{name_value(field, value, 40)}, {expected}: {advice}")
 
 
 def advise_new_label(labels: Sequence[str], prompt: Prompt, field: str) -> str:
@@ -483,7 +483,7 @@ def find_choice(value, choices: Sequence[str], field: str, may_be_hidden: bool) 
         expected += ", the position of the right choice, because the choices are numbers"
     else:
         expected += " or one of the choices"
-    raise ValueError(f"{field!r} is {value!r:.40}, {expected}")
+    raise ValueError(f"{name_value(field, value, 40)}, {expected}")
 
 
 def check_position(text: str, index: int, words: Sequence[str], field: str):

@@ -28,6 +28,13 @@ def list_names(names: Iterable[str], most: int | None = None) -> str:
     return f"{text} and {n_others} more" if n_others else text
 
 
+def name_value(name: str, value: object, most: int) -> str:
+    """Return the beginning of a message: which value a column has. most: how many characters."""
+    if value is None:  # no such column, null in JSON, or an empty cell of a table
+        return f"{name!r} has no value"
+    return f"{name!r} is {value!r:.{most}}"
+
+
 def nearest_of(name: str, names: Iterable[str]) -> str:
     """Return what a message says after an unknown name: which names there are, and the nearest."""
     near = difflib.get_close_matches(name.lower(), names, n=1)

@@ -38,7 +38,7 @@ from minia3.tasks.messages import (
     in_openai_form,
     parse_tools,
 )
-from minia3.tasks.names import list_names, nearest_of
+from minia3.tasks.names import list_names, name_value, nearest_of
 from minia3.tasks.prompts import Prompt, render
 from minia3.tasks.row_files import column_names, read_rows
 from minia3.tasks.task import TaskSpec
@@ -275,7 +275,7 @@ def naming_columns(fields: Mapping[str, str]) -> Iterator[None]:
     except ValueError as error:
         message = str(error)
         for column, field in fields.items():
-            if message.startswith(f"{field!r} is "):
+            if message.startswith((f"{field!r} is ", f"{field!r} has ")):
                 message = repr(column) + message.removeprefix(repr(field))
                 break
         raise ValueError(message) from None
@@ -440,7 +440,8 @@ def to_texts(row: dict, names: Iterable[str], in_file: Container[str], advice: s
                 found = f"; {{{name}[0]}} names its first item"
             elif isinstance(value, dict) and value:
                 found = f"; {{{name}[{next(iter(value))}]}} names an item of it"
-            raise ValueError(f"{name!r} is {value!r:.80}, expected a text that is not empty{found}")
+            expected = f"expected a text that is not empty{found}"
+            raise ValueError(f"{name_value(name, value, 80)}, {expected}")
 
 
 def check_own_answer(row: dict, split: str, in_file: Container[str]):
@@ -531,7 +532,7 @@ def check_values(prompt: Prompt, row: dict):
             value = value_of(row, name)
             if not is_number(value) and not isinstance(value, str):
                 advice = f"; {{{name}[0]}} is its first item" if isinstance(value, list) else ""
-                raise ValueError(f"{name!r} is {value!r:.80}, expected a text{advice}")
+                raise ValueError(f"{name_value(name, value, 80)}, expected a text{advice}")
     kind = "choice" if prompt.choices else "target"
     for text in filter(None, answers):
         if not text.format_map(row).strip():

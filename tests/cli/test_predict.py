@@ -137,7 +137,7 @@ def test_an_adapter_labels_rows_that_have_only_a_text(labeled, tmp_path, capsys)
     assert {result["choice"] for result in renamed} <= {"w6", "w7", "w8"}
     wrong = new_rows(tmp_path, "w12", column="txt")
     error = failure(capsys, "predict", model("t5"), wrong, "--adapter", out / "adapter")
-    assert "new.csv:2: 'text' is None" in error
+    assert "new.csv:2: 'text' has no value" in error
     assert "the columns are txt" in error
     assert "did you mean 'txt'?" in error
 

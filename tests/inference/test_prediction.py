@@ -847,7 +847,7 @@ def test_an_empty_cell_is_not_filled_by_a_column_that_is_not_read(tmp_path, caps
     task = write(tmp_path / "task.json", [{"fields": {"clean": "text"}, "labels": ["w8", "w9"]}])
     (tmp_path / "rows.csv").write_text("clean,text\nw4,w5\n,w5\n")
     words = (running.model("t5"), tmp_path / "rows.csv", "--task", task, "--input", "{text}")
-    assert "rows.csv:3: 'clean' is None, expected a text" in fails(capsys, *words)
+    assert "rows.csv:3: 'clean' has no value, expected a text" in fails(capsys, *words)
 
 
 def test_the_idx_of_a_row_is_that_of_its_file_if_it_is_an_integer(tmp_path, capsys):

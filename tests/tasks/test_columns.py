@@ -631,7 +631,7 @@ def test_beside_choices_the_label_is_the_column_that_is_there(tmp_path):
     assert rendered(load(tmp_path, both, **flags)) == [("b: a", ["x", "y"], 1)]
     assert rendered(load(tmp_path, both, input="{subject}")) == [("b", ["x", "y"], 0)]
     del row["answer"]
-    with pytest.raises(ValueError, match="'label' is None, expected one of 0, 1"):
+    with pytest.raises(ValueError, match="'label' has no value, expected one of 0, 1"):
         load(tmp_path, row, **flags)
 
 
@@ -784,7 +784,8 @@ def test_with_labels_the_target_may_be_an_item_of_a_column(name, tmp_path):
         ("a", ["good", "bad"], 0),
         ("b", ["good", "bad"], 1),
     ]
-    with pytest.raises(ValueError, match=r"rows.jsonl:3: 'label\[0\]' is None, expected one of"):
+    message = r"rows.jsonl:3: 'label\[0\]' has no value, expected one of"
+    with pytest.raises(ValueError, match=message):
         load(tmp_path, *rows, {"text": "c", "label": []}, target="{label[0]}", labels="bad,good")
 
 
@@ -1391,7 +1392,9 @@ def test_a_line_stays_a_line_whatever_the_names_are(tmp_path):
 
 def test_a_row_of_other_columns_is_an_error_with_its_line(tmp_path):
     good = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
-    with pytest.raises(ValueError, match=r"jsonl:3: 'text' is None.*the columns are txt, label"):
+    with pytest.raises(
+        ValueError, match=r"jsonl:3: 'text' has no value.*the columns are txt, label"
+    ):
         load(tmp_path, *good, {"txt": "c", "label": "x"})
 
 

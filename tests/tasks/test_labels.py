@@ -377,7 +377,7 @@ def test_test_rows_may_hide_their_labels_and_others_may_not(tmp_path):
     assert [row["label"] for row in task.test] == [-1, -1, -1, -1, 1]
     assert task.evaluation[0] == "validation"
     (tmp_path / "validation.jsonl").write_bytes(lines(*hidden))
-    with pytest.raises(ValueError, match=r"validation\.jsonl:1: 'label' is None"):
+    with pytest.raises(ValueError, match=r"validation\.jsonl:1: 'label' has no value"):
         load_task(tmp_path)
 
 

@@ -47,7 +47,7 @@ def test_an_empty_cell_is_not_filled_by_a_column_that_is_not_read(tmp_path, head
     assert [row["label"] for row in task.test] == [0, 1, -1]
     (tmp_path / "train.csv").write_text(content + "c,,x\n")
     column = header.split(",")[0]  # as the file calls it
-    message = rf"train\.csv:4: '{column}' is None, expected one of x, y"
+    message = rf"train\.csv:4: '{column}' has no value, expected one of x, y"
     with pytest.raises(ValueError, match=message):
         load_task(tmp_path)
 
@@ -64,7 +64,7 @@ def test_a_row_of_json_without_a_column_is_not_given_another_one(tmp_path, heade
     (tmp_path / "test.jsonl").write_bytes(lines(lacking, *rows))
     assert [row["label"] for row in load_task(tmp_path).test] == [-1, 0, 1]
     (tmp_path / "train.jsonl").write_bytes(lines(*rows, lacking))
-    with pytest.raises(ValueError, match=r"train\.jsonl:3: .* is None, expected one of x, y"):
+    with pytest.raises(ValueError, match=r"train\.jsonl:3: .* has no value, expected one of x, y"):
         load_task(tmp_path)
     # If no row has both, they are two names for one column.
     rows = [{"text": "a", read: "x"}, {"text": "b", read: "y"}, {"text": "c", other: "x"}]
@@ -77,12 +77,14 @@ def test_a_message_names_the_column_as_the_file_does(tmp_path):
     # It had the name of our own field (label_text), and proposed another column for an empty cell.
     path = tmp_path / "rows.csv"
     path.write_text("text,Label\na,x\nb,\nc,y\n")
-    with pytest.raises(ValueError, match=r"3: 'Label' is None, expected a text that is not empty$"):
+    message = r"3: 'Label' has no value, expected a text that is not empty$"
+    with pytest.raises(ValueError, match=message):
         load_task(path, target="{Label}")
     entry = {"files": "rows.csv", "fields": {"text": "words"}, "labels": ["x", "y"]}
     (tmp_path / "task.json").write_text(json.dumps(entry))
     path.write_text("text,Label\na,x\n,y\nc,y\n")
-    with pytest.raises(ValueError, match=r"3: 'text' is None, expected a text that is not empty$"):
+    message = r"3: 'text' has no value, expected a text that is not empty$"
+    with pytest.raises(ValueError, match=message):
         load_task(tmp_path / "task.json", input="{words}")
 
 
@@ -138,7 +140,7 @@ def test_a_file_may_lack_the_input_of_instructions(tmp_path):
     ("row", "words"),
     [
         ({"text": "a", "label": "maybe"}, "'label' is 'maybe', expected one of no, yes"),
-        ({"text": "a"}, "'label' is None, expected one of no, yes"),
+        ({"text": "a"}, "'label' has no value, expected one of no, yes"),
         ({"label": "no"}, "the row has no field 'text', which '{text}[?]' needs"),
         (["text"], r"expected a JSON object, found '\[\"text\"\]"),
     ],
@@ -192,7 +194,7 @@ BAD_LINES = [
         b'{"input": "a", "choices": ' + b"[" * 600 + b'"b"' + b"]" * 600 + b', "label": 0}',
         r"'choices' is \[\[.*, expected a list of texts that differ and are not empty",
     ),
-    (lines({"target": "b"}), "'input' is None, expected a text that is not empty"),
+    (lines({"target": "b"}), "'input' has no value, expected a text that is not empty"),
     (lines({"input": "", "target": "b"}), "'input' is '', expected a text that is not empty"),
     (
         lines({"input": " \n", "target": "b"}),
@@ -204,7 +206,7 @@ BAD_LINES = [
     ),
     (
         lines({"input": "a"}),
-        r"'target' is None, expected a text that is not empty; the columns are input",
+        r"'target' has no value, expected a text that is not empty; the columns are input",
     ),
     (
         lines({"input": "a", "target": "b", "choices": ["b"], "label": 0}),
@@ -230,7 +232,7 @@ BAD_LINES = [
         lines({"input": "a", "choices": ["b", "c", "b"], "label": 0}),
         r"'choices' is \['b', 'c', 'b'\], expected a list of texts that differ",
     ),
-    (lines({"input": "a", "choices": ["b", "c"]}), "'label' is None, expected one of 0, 1"),
+    (lines({"input": "a", "choices": ["b", "c"]}), "'label' has no value, expected one of 0, 1"),
     (
         lines({"input": "a", "choices": ["b", "c"], "label": 2}),
         "'label' is 2, expected one of 0, 1",
@@ -279,7 +281,7 @@ def test_a_bad_row_is_reported_with_its_file_its_line_and_the_reason(tmp_path, l
 @pytest.mark.parametrize(
     ("translation", "words"),
     [
-        ({"de": "Hallo", "en": None}, r"'translation\[en\]' is None, expected a text\Z"),
+        ({"de": "Hallo", "en": None}, r"'translation\[en\]' has no value, expected a text\Z"),
         (
             {"de": "Hallo", "en": ["Hello"]},
             r"'translation\[en\]' is \['Hello'\], expected a text; "
@@ -287,7 +289,7 @@ def test_a_bad_row_is_reported_with_its_file_its_line_and_the_reason(tmp_path, l
         ),
         ({"de": "Hallo", "en": float("nan")}, r"'translation\[en\]' is nan, expected a text\Z"),
         ({"de": "Hallo", "en": " "}, r"the target '\{translation\[en\]\}' is empty"),
-        ({"de": None, "en": "Hello"}, r"'translation\[de\]' is None, expected a text\Z"),
+        ({"de": None, "en": "Hello"}, r"'translation\[de\]' has no value, expected a text\Z"),
         ({"de": {"a": 1}, "en": "Hello"}, r"'translation\[de\]' is \{'a': 1\}, expected a text\Z"),
     ],
 )
@@ -327,7 +329,7 @@ def test_a_null_is_not_a_choice_of_a_task_file(tmp_path):
     (tmp_path / "task.json").write_text(json.dumps(entry))
     rows = [{"q": "w", "a": "x", "b": [b], "label": "0"} for b in ("y", "z", None)]
     (tmp_path / "train.jsonl").write_bytes(lines(*rows, {**rows[0], "a": None}))
-    words = r"jsonl:3: 'b\[0\]' is None, expected a text; .*jsonl:4: 'a' is None, expected a text"
+    words = r"jsonl:3: 'b\[0\]' has no value, .*jsonl:4: 'a' has no value, expected a text"
     with pytest.raises(ValueError, match=words):
         load_task(tmp_path)
 
@@ -348,7 +350,7 @@ def test_the_columns_of_every_prompt_are_prepared(tmp_path, order):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({}, "'a' is None, expected a text that is not empty; the columns are "),
+        ({}, "'a' has no value, expected a text that is not empty; the columns are "),
         ({"a": " "}, "'a' is ' ', expected a text that is not empty"),
         ({"a": "x", "b": [" "]}, r"the choice '\{b\[0\]\}' is empty, expected a text"),
     ],
@@ -394,7 +396,7 @@ def test_one_error_shows_five_bad_rows_of_all_files_and_counts_the_others(tmp_pa
         "val.jsonl:3",
     ]
     (tmp_path / "val.jsonl").write_bytes(lines(target(0), *bad[:2]))
-    with pytest.raises(ValueError, match="'target' is None") as error:
+    with pytest.raises(ValueError, match="'target' has no value") as error:
         load_task(str(tmp_path))
     assert "more" not in str(error.value)
 
@@ -436,7 +438,8 @@ def test_rows_of_both_kinds_are_an_error_in_one_file_and_across_files(tmp_path):
     (tmp_path / "train.jsonl").write_bytes(lines(target(0)))
     (tmp_path / "val.jsonl").write_bytes(lines(choice(0)))
     with pytest.raises(
-        ValueError, match=r"val\.jsonl:1: 'target' is None.*the columns are input, choices, label"
+        ValueError,
+        match=r"val\.jsonl:1: 'target' has no value.*the columns are input, choices, label",
     ):
         load_task(str(tmp_path))
 
