@@ -13,6 +13,7 @@ import gc
 import os
 import signal
 import sys
+import threading
 
 from minia3.files.processes import is_alone_or_first
 
@@ -20,6 +21,8 @@ from minia3.files.processes import is_alone_or_first
 M_TRIM_THRESHOLD = -1  # how much free memory at the end of the heap goes back to the system
 M_MMAP_THRESHOLD = -3  # from which size on a block has pages of its own, which go back when freed
 KEPT = 1 << 30  # bytes
+
+SOON = 0.05  # seconds: after that, a signal is sent again whose exception Python has dropped
 
 # If an exception of ours comes while these are at work, they may raise another one in its place.
 # The system of imports has its first name until a program imports importlib.
@@ -36,8 +39,9 @@ def begin(program):
     """Prepare this process to be a program. `program` begins its messages.
 
     From here on, Ctrl-C while a module is imported or a command line is read ends the process with
-    one line, and a KeyboardInterrupt that nobody catches ends it in silence. Files and names of
-    files are UTF-8 whatever the locale is.
+    one line, and a KeyboardInterrupt that nobody catches ends it in silence. One that Python drops,
+    because it comes in a `__del__`, comes again. Files and names of files are UTF-8 whatever the
+    locale is.
     """
     forget_interrupt()
     require_utf8()
@@ -61,6 +65,30 @@ def begin(program):
             hook_before(kind, error, traceback)
 
     sys.excepthook = show
+
+    hook_for_dropped_before = sys.unraisablehook
+
+    def interrupt_again(dropped):
+        if isinstance(dropped.exc_value, KeyboardInterrupt):
+            call_later(SOON, send_to_main_thread, signal.SIGINT)
+        else:
+            hook_for_dropped_before(dropped)
+
+    sys.unraisablehook = interrupt_again
+
+
+def call_later(seconds, function, argument):
+    timer = threading.Timer(seconds, function, [argument])
+    timer.daemon = True
+    timer.start()
+
+
+def send_to_main_thread(number):
+    """Send a signal so that it also interrupts a blocking call there, such as a download."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident, number)
+    else:  # On Windows, a signal cannot interrupt a blocking call.
+        signal.raise_signal(number)
 
 
 def end():

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from minia3.files.messages import message_of
 from minia3.files.processes import is_ending, is_first, n_processes
+from minia3.files.program import SOON, call_later, send_to_main_thread
 
 HANGUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has no such signal
 
@@ -37,8 +38,6 @@ SHORT = 0.3  # seconds: a step that ends before that needs no announcement
 # A single operation of torch may take minutes (the backward pass is one), and Python handles a
 # signal only after it. So a second thread waits this many seconds, and then ends the process.
 PATIENCE = 2.0
-
-SOON = 0.05  # seconds: see `Signals.stop_again`
 
 
 class Stopped(BaseException):
@@ -156,17 +155,9 @@ class Signals:
             self.hook_before(dropped)
 
     def send_again(self, number):
-        """Send a signal whose Stopped was dropped, unless the run has been stopped meanwhile.
-
-        It is sent to the main thread, so that it also interrupts a blocking call there, such as a
-        download.
-        """
-        if not self.is_dropped:
-            return
-        if hasattr(signal, "pthread_kill"):
-            signal.pthread_kill(threading.main_thread().ident, number)
-        else:  # On Windows, a signal cannot interrupt a blocking call.
-            signal.raise_signal(number)
+        """Send a signal whose Stopped was dropped, unless the run has been stopped meanwhile."""
+        if self.is_dropped:
+            send_to_main_thread(number)
 
     @contextmanager
     def arriving(self):
@@ -273,9 +264,3 @@ class Signals:
                 tqdm.write(f"the run cannot stop yet: {message_of(error)}", file=sys.stderr)
             else:
                 os._exit(128 + number)
-
-
-def call_later(seconds, function, argument):
-    timer = threading.Timer(seconds, function, [argument])
-    timer.daemon = True
-    timer.start()

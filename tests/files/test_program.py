@@ -106,6 +106,43 @@ def test_only_ctrl_c_ends_a_program_in_silence(error, last_lines):
     assert done.stderr.splitlines()[-1:] == last_lines
 
 
+def test_ctrl_c_in_a_destructor_comes_again_and_prints_nothing():
+    """Python would print it, and go on. A second Ctrl-C often comes while a run lets go of its
+    progress bars, whose class has a `__del__`.
+    """
+    code = """
+import signal, time
+from minia3.files.program import begin
+
+class Bar:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+begin("program")
+Bar()
+print("goes on", flush=True)
+time.sleep(600)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode in (130, -signal.SIGINT)
+    assert (done.stdout, done.stderr) == ("goes on\n", "")
+
+
+def test_another_error_in_a_destructor_is_shown():
+    code = """
+from minia3.files.program import begin
+
+class Bar:
+    def __del__(self):
+        raise ValueError("wrong")
+
+begin("program")
+Bar()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "ValueError: wrong" in done.stderr
+
+
 EVALUATION = running.words(None, "--eval-only")
 
 
