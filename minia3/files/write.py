@@ -56,6 +56,11 @@ WEIGHT_FILES = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")  # the names that `replacing` yields
 
 
+def is_disk_error(error):
+    """Return whether an exception means that nothing more can be written."""
+    return isinstance(error, OSError) and error.errno in DISK_ERRORS
+
+
 @contextmanager
 def naming_file(path):
     """If the block cannot write because the disk is full or broken, add this path to the OSError.
@@ -65,7 +70,7 @@ def naming_file(path):
     try:
         yield
     except OSError as error:
-        if error.errno in DISK_ERRORS and error.filename is None:
+        if is_disk_error(error) and error.filename is None:
             error.filename = str(path)
         raise
 

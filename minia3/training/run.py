@@ -158,11 +158,11 @@ class Run:
             return "stopped"
         return f"stopped; to continue: {self.continuation}"
 
-    def gone_message(self, gone):
-        """What a run says if another process of it has ended."""
+    def with_continuation(self, message):
+        """Return the message of an error, and how to continue the run if that is possible."""
         if self.folder is None or not self.can_continue():
-            return str(gone)
-        return f"{gone}; to continue: {self.continuation}"
+            return message
+        return f"{message}; to continue: {self.continuation}"
 
     def can_continue(self):
         """Return whether the run has left its folder, although another process may have ended.

@@ -7,7 +7,7 @@ import sys
 import traceback
 from contextlib import contextmanager
 
-from minia3.files.messages import shorten
+from minia3.files.messages import message_of, shorten
 from minia3.files.processes import (
     PeerGone,
     computing_together,
@@ -19,6 +19,7 @@ from minia3.files.processes import (
 )
 from minia3.files.read import is_out_of_memory
 from minia3.files.streams import lasting_output, only_first_prints, print_last, use_utf8
+from minia3.files.write import is_disk_error
 from minia3.training.announce import announcing_warnings
 from minia3.training.command_line import error_line, read_command_line
 from minia3.training.memory_fit import out_of_memory_message
@@ -87,8 +88,8 @@ def run_config(config, run_grid, program, is_program=False):
     """Run what the flags say, and return the Run. The process stays as it was.
 
     The Run of a grid may have results although some of its adapters failed: see `failed_message`.
-    Raise ValueError for a user's mistake, Failed if the training failed, memory ran out, or torch
-    cannot compile the model, and Stopped after a signal.
+    Raise ValueError for a user's mistake, Failed if the training failed, memory ran out, the disk
+    is full, or torch cannot compile the model, and Stopped after a signal.
     """
     run = None
     ending = "failed"
@@ -118,19 +119,29 @@ def run_config(config, run_grid, program, is_program=False):
     except PeerGone as gone:
         if run:
             run.discard_if_new()
-            raise Failed(run.gone_message(gone)) from None
+            raise Failed(run.with_continuation(str(gone))) from None
         raise
     except (Failed, MemoryError, OSError, RuntimeError, ValueError) as error:
         if run:
             run.discard_if_new()
-        if is_out_of_memory(error):
-            raise Failed(out_of_memory_message(error, run)) from None
-        if is_compile_error(error):
-            raise Failed(compile_message(error)) from None
+        message = advice_after(error, run)
+        if message is not None:
+            raise Failed(message) from None
         raise
     finally:
         if run:
             run.close(ending)
+
+
+def advice_after(error, run):
+    """Return what a run says if its user can do something about an error, or None."""
+    if is_out_of_memory(error):
+        return out_of_memory_message(error, run)
+    if is_compile_error(error):
+        return compile_message(error)
+    if run and is_disk_error(error):
+        return run.with_continuation(message_of(error))
+    return None
 
 
 def is_compile_error(error):

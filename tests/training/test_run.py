@@ -503,10 +503,12 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def test_a_process_without_the_folder_knows_whether_the_run_can_continue(elsewhere, tmp_path):
-    assert elsewhere.gone_message("gone") == "gone"  # the first process removes an empty folder
+    assert (
+        elsewhere.with_continuation("gone") == "gone"
+    )  # the first process removes an empty folder
     elsewhere.write("before")
     command = f"python train.py --resume {quoted(tmp_path / 'run')}"
-    assert elsewhere.gone_message("gone") == f"gone; to continue: {command}"
+    assert elsewhere.with_continuation("gone") == f"gone; to continue: {command}"
 
 
 def test_a_process_that_writes_nothing_collects_no_state_when_it_must_end_at_once(
@@ -1007,7 +1009,8 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
 
     monkeypatch.setattr(training_checkpoint, "open", open_small, raising=False)
     named = f"{os.strerror(number)}: '{out / 'checkpoint.pt'}'"
-    fails(recipe("adafactor", out), capsys, named, code=1)
+    continuation = f"; to continue: python train.py --resume {running.quoted(out)}\n"
+    fails(recipe("adafactor", out), capsys, named, continuation, code=1)
     monkeypatch.undo()
     assert sorted(p.name for p in out.iterdir()) == [
         ".lock",
@@ -1052,7 +1055,8 @@ def test_a_disk_that_takes_no_more_is_one_line(tmp_path):
     log = tmp_path / "log"
     number = errno.EFBIG
     assert finish(start(recipe("adafactor", out), log, functools.partial(small_files, 4096))) == 1
-    expected = f"train.py: [Errno {number}] {os.strerror(number)}: '{out / 'checkpoint.pt'}'"
+    found = f"[Errno {number}] {os.strerror(number)}: '{out / 'checkpoint.pt'}'"
+    expected = f"train.py: {found}; to continue: python train.py --resume {running.quoted(out)}"
     assert log.read_text().splitlines()[-1] == expected
     assert "Traceback" not in log.read_text()
     continues_as_if_it_had_not_stopped("adafactor", out)
