@@ -10,6 +10,7 @@ from minia3.tasks.column_flags import ColumnFlags, with_flags
 from minia3.tasks.labels import (
     Labels,
     find_choice,
+    find_label,
     find_user_label,
     label_text,
     name_labels,
@@ -570,3 +571,15 @@ def test_a_dash_is_no_label_unless_train_has_it(tmp_path):
     (tmp_path / "dev.jsonl").write_bytes(lines(*rows, {"text": "c", "label": "-"}))
     with pytest.raises(ValueError, match=r"dev.jsonl:3: 'label' is '-', .*: leave the row out"):
         load_task(tmp_path)
+
+
+def test_a_label_that_looks_like_no_label_is_one_if_the_task_has_it():
+    prompt = Prompt("{text}", ("worse", "better"))
+    assert find_user_label(-1, ("-1", "1"), prompt, "label", may_be_hidden=True) == 0
+
+
+def test_a_boolean_is_not_the_index_of_a_known_task_s_label():
+    labels = ("entailment", "not_entailment")
+    assert find_label(1, labels, "label", may_be_hidden=False) == 1
+    with pytest.raises(ValueError, match="'label' is True, expected one of entailment, not_ent"):
+        find_label(True, labels, "label", may_be_hidden=False)
