@@ -10,7 +10,7 @@ import torch
 from minia3.checkpoints.chat import EncodedChat
 from minia3.tasks.batches import collate
 from minia3.tasks.examples import Example, encode_chat, encode_question, encode_rows
-from minia3.tasks.messages import check_messages, fit_chat, in_openai_form, question
+from minia3.tasks.messages import check_messages, fit_chat, in_openai_form, question, shorten
 from minia3.tasks.prompts import OWN_PROMPTS
 from minia3.tasks.rows import normalize_row
 from minia3.tasks.task import TaskSpec
@@ -364,3 +364,9 @@ def test_a_mask_has_holes_between_the_turns_that_are_scored():
         [[1, 0, 0, 1], [0, 0, 0, 0]],
     ]
     assert batch.target_mask_BCL.dtype == torch.bool
+
+
+def test_instructions_of_a_developer_stay_too():
+    messages = [{"role": role} for role in ("developer", "user", "assistant", "user", "assistant")]
+    shorter = shorten(messages, 4, len, max_length=3)
+    assert [message["role"] for message in shorter] == ["developer", "user", "assistant"]

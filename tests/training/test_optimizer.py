@@ -377,3 +377,8 @@ def test_the_method_and_the_flag_choose_the_optimizer():
         ({"method": "full"}, TorchAdamW),
     ]:
         assert type(make_optimizer([vector((2, 3))], train.Config(**flags))) is kind
+
+
+def test_the_number_of_warm_up_steps_is_rounded_to_the_nearest():
+    config = train.Config(steps=30, warmup_ratio=0.06, lr=1.0)  # 1.8 steps
+    assert [learning_rate(step, config) for step in (0, 1, 2)] == [0, 0.5, 1]
