@@ -5,7 +5,10 @@ import shlex
 
 from minia3.files.messages import plural
 from minia3.inference.metrics import INVERSE_PERPLEXITY
+from minia3.tasks.names import list_names
 from minia3.training.shown_commands import using_command
+
+N_NAMED = 4  # results that a warning names; the others are counted
 
 
 def report(config, folder, finals, n_failed=0):
@@ -105,14 +108,20 @@ def with_commonest(final, figure):
 
 
 def warning_lines(config, finals):
-    """Return a line for each doubt about a result."""
-    lines = []
+    """Return a line for each doubt, with the names of the results that it is about."""
+    names_of = {}  # doubt -> names of results
     for final in finals:
-        name = result_name(config, final)
-        for text in final.get("warnings", ()):
-            if name:
-                text = f"{name}: {text}"
-            lines.append(("warning", text))
+        for doubt in final.get("warnings", ()):
+            names_of.setdefault(doubt, []).append(result_name(config, final))
+    lines = []
+    for doubt, names in names_of.items():
+        if names == [""]:  # of the only result
+            line = doubt
+        elif len(names) == len(finals) > 1:
+            line = f"all {len(names)}: {doubt}"
+        else:
+            line = f"{list_names(names, most=N_NAMED)}: {doubt}"
+        lines.append(("warning", line))
     return lines
 
 

@@ -212,6 +212,24 @@ def test_each_doubt_is_a_line_with_the_name_of_its_result(capsys):
     assert text.endswith("\n  warning     s0: rte: first\n")
 
 
+def test_a_doubt_about_several_results_is_one_line(capsys):
+    config = train.Config(seed=tuple(range(6)))
+    finals = []
+    for seed in range(6):
+        warnings = ["of all"]
+        if seed > 0:
+            warnings.append("of five")
+        if seed > 3:
+            warnings.append("of two")
+        finals.append({"adapter": f"s{seed}", "warnings": warnings})
+    expected = """
+  warning     all 6: of all
+  warning     s1, s2, s3, s4 and 1 more: of five
+  warning     s4, s5: of two
+"""
+    assert text_of(capsys, config, *finals).endswith(expected)
+
+
 def test_results_are_described_in_a_few_words():
     assert describe("accuracy", {"accuracy": 0.5, "auc": None}) == "accuracy 50.0%"
     assert describe("macro_f1", {"accuracy": 0.5, "auc": 0.7}) == "macro_f1 50.0%, AUC 0.70"
