@@ -14,19 +14,14 @@ name without a suffix, because within one function B cannot count both tokens an
 
 from functools import partial
 
-import torch.nn.functional as F
+import torch
 from torch import nn
 
+from minia3.model.activations import ACTIVATIONS
 from minia3.model.attend import attend
 from minia3.model.ia3 import IA3
 from minia3.model.linear import Linear
 from minia3.model.recompute import recompute, rms_norm
-
-ACTIVATIONS = {
-    "relu": F.relu,
-    "gelu": partial(F.gelu, approximate="tanh"),  # of T5 v1.1
-    "silu": F.silu,
-}
 
 
 class RMSNorm(nn.RMSNorm):
@@ -137,20 +132,25 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BLD, adapter_B):
         gate_BLF = self.gate(x_BLD)
+        # If no gradient is recorded, nothing else reads the gate, so the activation overwrites it.
+        hidden = partial(self.hidden, in_place=not torch.is_grad_enabled())
         if self.up is None:
-            h_BLF = self.hidden(self.l_wi(gate_BLF, adapter_B), None, adapter_B)
+            h_BLF = hidden(self.l_wi(gate_BLF, adapter_B), None, adapter_B)
         else:
             gate_BLF = self.l_gate(gate_BLF, adapter_B)
             up_BLF = self.l_up(self.up(x_BLD), adapter_B)
-            # This is self.hidden(gate_BLF, up_BLF, adapter_B), but it keeps two tensors for the
-            # backward pass instead of four.
+            # This is hidden(gate_BLF, up_BLF, adapter_B), but it keeps two tensors for the backward
+            # pass instead of four.
             l_ff = self.l_ff.scale
-            h_BLF = recompute(self.hidden, gate_BLF, up_BLF, adapter_B, parameters=[l_ff])
+            h_BLF = recompute(hidden, gate_BLF, up_BLF, adapter_B, parameters=[l_ff])
         return self.down(self.dropout(h_BLF))
 
-    def hidden(self, gate_BLF, up_BLF, adapter_B):
-        """Return the hidden activations (B, L, F), scaled by l_ff. up_BLF is None if not gated."""
-        h_BLF = self.activation(gate_BLF)
+    def hidden(self, gate_BLF, up_BLF, adapter_B, in_place):
+        """Return the hidden activations (B, L, F), scaled by l_ff. up_BLF is None if not gated.
+
+        in_place: whether this may overwrite gate_BLF.
+        """
+        h_BLF = self.activation(gate_BLF, in_place)
         if up_BLF is not None:
             h_BLF = h_BLF * up_BLF
         return self.l_ff(h_BLF, adapter_B)

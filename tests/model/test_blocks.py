@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minia3.model.blocks import ACTIVATIONS, Attention, Block, FeedForward, RMSNorm, rotate
+from minia3.model.activations import ACTIVATIONS
+from minia3.model.blocks import Attention, Block, FeedForward, RMSNorm, rotate
 from minia3.model.llama import Llama, LlamaConfig
 from minia3.model.packing import NO_PACKING
 from minia3.model.sequence_state import Cache, Context, mask_to_bias
