@@ -77,6 +77,7 @@ def test_exact_match_ignores_white_space_at_the_ends_only():
     [
         ("The cat sat!", "a CAT sat", 1),  # case, articles and punctuation do not count
         ("cat cat dog", "cat dog dog", 2 * 2 / (3 + 3)),  # a word counts as often as it is shared
+        ("cat cat dog", "cat cat bird", 2 * 2 / (3 + 3)),
         ("one two", "two three four five", 2 * 1 / (2 + 4)),
         ("one", "two", 0),
         ("an apple", "apple", 1),
