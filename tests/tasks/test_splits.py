@@ -535,9 +535,10 @@ def test_a_known_task_keeps_its_words_if_others_were_learned_for_other_rows(rte)
     own = load_task("rte", rte)
     assert load_task("rte", rte, like=own.spec) == own
     other_columns = own.prompts[0]._replace(text="{text}?")
+    other_words = own.prompts[0]._replace(text="{premise} So {hypothesis}?")
     for changed in (
-        {"labels": ("a", "b")},
-        {"label_field": "gold"},
+        {"prompts": (other_words,), "labels": ("a", "b")},
+        {"prompts": (other_words,), "label_field": "gold"},
         {"prompts": (other_columns,)},
     ):
         assert load_task("rte", rte, like=own.spec._replace(**changed)) == own
