@@ -168,6 +168,17 @@ def test_a_state_is_loaded_in_the_dtype_of_its_vector_and_is_empty_before_the_fi
     assert second.state[rows[1]]["steps"] == [2]
 
 
+def test_a_step_leaves_the_state_that_was_loaded_as_it_is():
+    rows = [vector((1, 3)), vector((1, 3))]
+    first, second = (Adafactor([row], lr=LR) for row in rows)
+    take_steps(first, rows[0], list(gradients((1, 3)))[:2])
+    v_AD = first.state[rows[0]]["v_AD"].clone()
+    second.load_state_dict(first.state_dict())
+    take_steps(second, rows[1], list(gradients((1, 3)))[2:4])
+    assert torch.equal(first.state[rows[0]]["v_AD"], v_AD)
+    assert first.state[rows[0]]["steps"] == [2]
+
+
 def test_the_state_of_another_optimizer_is_refused():
     wide = vector((2, 9))
     (g_wide,) = list(gradients((2, 9)))[:1]
