@@ -72,6 +72,8 @@ def test_the_low_frequency_factor_of_llama_3_must_not_be_above_the_high_one():
     rope = {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 5.0}
     with pytest.raises(ValueError, match="low_freq_factor must not be above high_freq_factor"):
         from_hf(LLAMA | {"rope_scaling": rope})
+    equal = from_hf(LLAMA | {"rope_scaling": rope | {"high_freq_factor": 5.0}})
+    assert equal.rope_scaling == (8.0, 5.0, 5.0, 8192)
 
 
 def test_a_t5_config_without_a_key_means_what_transformers_assumes():
@@ -165,6 +167,15 @@ def test_a_llama_config_without_a_key_means_what_transformers_assumes():
             SCALING,
         ),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, 7.0, None),
+        (  # rope_scaling wins, as in transformers
+            {
+                "rope_theta": 5.0,
+                "rope_scaling": {"rope_type": "llama3", **LLAMA3},
+                "rope_parameters": {"rope_type": "default", "rope_theta": 7.0},
+            },
+            5.0,
+            SCALING,
+        ),
         (
             {
                 "rope_theta": 5.0,
