@@ -322,9 +322,11 @@ def test_scales_that_are_not_finite_are_found_if_one_asks(tmp_path, part):
 
 STATES = {
     "blocks": {"blocksize": 32},
+    "half a block in each row": {"shape": [64, 32]},
     "a number as shape": {"shape": 64},
     "words as shape": {"shape": ["a", "b"]},
 }
+COUNTS = ("half", "blocks", "half a block in each row")  # found before any weight is read
 
 
 @pytest.mark.parametrize(
@@ -351,5 +353,6 @@ def test_parts_that_do_not_fit_are_refused_in_one_line(tmp_path, damage):
         content = json.loads(bytes(tensors[state].tolist())) | STATES[damage]
         tensors[state] = torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=rf"\A[^\n]*{key}[^\n]*\Z"):
+    reason = "expected half as many codes as entries" if damage in COUNTS else ""
+    with pytest.raises(ValueError, match=rf"\A[^\n]*{key}[^\n]*{reason}[^\n]*\Z"):
         minia3.load_model(tmp_path)
