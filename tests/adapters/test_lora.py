@@ -274,6 +274,7 @@ def test_a_model_with_new_lora_is_the_base_bit_for_bit(loaded, name, dtype):
     model = loaded(name, dtype=dtype)
     add_lora(model, where=["q", "k", "v", "o", "gate", "down"])
     assert torch.equal(logits(model, SOURCE, MASK, TARGET), logits(base, SOURCE, MASK, TARGET))
+    assert not any(module.training for module in model.modules())
     ours = dict(model.named_parameters())
     before = dict(base.named_parameters())
     assert [n for n in ours if n in before] == list(before), "names stay, and their order"
