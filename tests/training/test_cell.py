@@ -153,6 +153,28 @@ def test_parameters_that_are_not_finite_are_never_the_best():
     assert cell.progress.failure is None
 
 
+def test_the_best_and_the_last_parameters_are_kept_only_once():
+    cell = CellByHand(1.0, eval_every=1)
+    cell.keep_if_best([{"accuracy": 0.4}])
+    cell.parameters["l"].data.fill_(2)
+    cell.take_best()
+    assert (cell.parameters["l"].item(), cell.progress.best_parameters) == (1, {})
+    assert cell.progress.last_parameters["l"].item() == 2
+    # A longer run has other last ones in the end, so taking these twice would undo its steps.
+    cell.take_last()
+    assert (cell.parameters["l"].item(), cell.progress.last_parameters) == (2, {})
+    assert cell.progress.best_parameters["l"].item() == 1
+
+
+def test_a_cell_that_has_diverged_keeps_no_last_parameters():
+    cell = CellByHand(1.0, eval_every=1)
+    cell.keep_if_best([{"accuracy": 0.4}])
+    cell.parameters["l"].data.fill_(float("nan"))
+    cell.fail("the loss is NaN")
+    cell.take_best()
+    assert (cell.parameters["l"].item(), cell.progress.last_parameters) == (1, {})
+
+
 def test_an_evaluation_without_results_is_a_miss():
     cell = CellByHand(1.0, eval_every=1, patience=2)
     cell.keep_if_best(None)

@@ -1,7 +1,10 @@
 """checkpoint.pt: what is damaged, or of another version, is refused in one line."""
 
+import errno
 import functools
+import io
 import json
+import os
 import shutil
 import signal
 import sys
@@ -30,6 +33,7 @@ from minia3.training.checkpoint import (
     all_finite,
     load_checkpoint,
     save_checkpoint,
+    saving,
     set_values,
 )
 from minia3.training.memory_fit import limited_memory
@@ -137,6 +141,26 @@ def test_a_save_for_which_memory_is_missing_says_so(tmp_path, capsys, monkeypatc
     message = "checkpoint.pt: not enough memory to save the state: [enforce fail"
     fails(words(tmp_path / "run", steps=1), capsys, message, code=1)
     assert not list((tmp_path / "run").glob(".checkpoint*"))
+
+
+class FullDisk(io.BytesIO):
+    def write(self, data):
+        if self.tell() + len(data) > 1000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
+
+
+def test_a_state_that_the_disk_refuses_says_that_it_is_full():
+    """torch says that the position in the file is unexpected."""
+    file = FullDisk()
+    with pytest.raises(OSError, match="No space left on device"), saving("checkpoint.pt"):
+        torch.save({"x": torch.zeros(1 << 16)}, file)
+
+
+@pytest.mark.parametrize("step", [None, "3", 3.0])
+def test_a_group_without_a_whole_number_of_steps_has_no_state_to_continue_from(step):
+    assert Checkpoint(group={"log": {"step": 3}}).n_steps == 3
+    assert Checkpoint(group={"log": {"step": step}}).n_steps is None
 
 
 def test_values_of_other_parameters_are_not_taken():
