@@ -215,9 +215,12 @@ def test_rows_of_one_method_are_sorted_by_the_numbers_in_their_flags(tmp_path):
 
 def test_costs_are_medians(tmp_path):
     for i, tokens in enumerate((10.0, 20.0, 90.0)):
-        make_run(tmp_path / str(i), [{"tokens": tokens}], seed=i)
+        line = TRAIN | {"tokens_per_second": tokens * TRAIN["examples_per_second"]}
+        make_run(tmp_path / str(i), [{"tokens": tokens}], [line], seed=i)
     (row,), _ = table_rows([tmp_path])
     assert row.flops_per_example == 1000 * 20
+    n_examples = 20 * 8
+    assert row.flops_to_train == 3 * 1000 * 20 * n_examples
 
 
 def test_the_first_row_has_the_share_of_the_commonest_label_of_each_task(tmp_path):
