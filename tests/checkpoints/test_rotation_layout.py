@@ -38,13 +38,15 @@ def test_the_rows_of_each_head_change_from_neighbors_to_halves():
     rows = torch.cat((first_head, second_head))[:, None]
     entries = {
         "model.layers.0.self_attn.q_proj.weight": entry_of(rows),
+        "model.layers.0.self_attn.q_proj.bias": entry_of(rows[:, 0]),
         "model.layers.0.self_attn.k_proj.weight": entry_of(rows[:6]),
         "model.layers.0.self_attn.v_proj.weight": entry_of(rows),
     }
-    q, k, v = neighbors_to_halves(entries, n_heads=2, n_kv_heads=1).values()
+    q, q_bias, k, v = neighbors_to_halves(entries, n_heads=2, n_kv_heads=1).values()
     q_rows = q.read().flatten().tolist()
     k_rows = k.read().flatten().tolist()
     assert q_rows == [0, 2, 4, 1, 3, 5, 10, 12, 14, 11, 13, 15]
+    assert q_bias.read().tolist() == q_rows
     assert k_rows == [0, 2, 4, 1, 3, 5]
     assert v is entries["model.layers.0.self_attn.v_proj.weight"]
 
