@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from run_folders import TRAIN, make_run
 
+from minia3.cli.main import main
 from minia3.cli.table import format_csv, format_markdown, table_rows
 
 # Cells
@@ -294,6 +295,15 @@ def test_csv_has_all_digits_and_empty_texts_for_unknown_values(rows):
     assert ia3[6:] == ["", "2", "100", "25000.0", "12000000.0", "0.0004"]
     assert none[:6] == ["nano", "none", "", "", "50.0", ""]
     assert none[6:] == ["", "1", "0", "25000.0", "", "0.0"]
+
+
+def test_a_note_does_not_stand_among_the_values_of_csv(tmp_path, capsys):
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", finals=(), lines=[TRAIN])
+    assert main(["table", "--csv", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2
+    assert "1 left out, because metrics.jsonl has no result" in err
 
 
 @pytest.mark.parametrize(
