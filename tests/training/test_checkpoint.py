@@ -32,6 +32,7 @@ from minia3.training.checkpoint import (
     Checkpoint,
     all_finite,
     load_checkpoint,
+    reopen_cells,
     save_checkpoint,
     saving,
     set_values,
@@ -155,6 +156,15 @@ def test_a_state_that_the_disk_refuses_says_that_it_is_full():
     file = FullDisk()
     with pytest.raises(OSError, match="No space left on device"), saving("checkpoint.pt"):
         torch.save({"x": torch.zeros(1 << 16)}, file)
+
+
+def test_a_run_that_continues_before_its_first_step_has_not_been_made_longer():
+    found = []
+    for step in (0, 5):
+        group = {"log": {"step": step}, "cells": [{"progress": {}}]}
+        (cell,) = reopen_cells(group)["cells"]
+        found.append(cell["progress"].get("extended_from"))
+    assert found == [None, [5]]
 
 
 @pytest.mark.parametrize("step", [None, "3", 3.0])
