@@ -185,6 +185,18 @@ def test_the_ids_of_codet5_are_those_of_transformers(codet5):
     assert ours.pad_id == 0
 
 
+def test_a_space_before_the_text_is_added_if_the_settings_say_so(tmp_path, codet5):
+    import transformers
+
+    folder = shutil.copytree(codet5[0], tmp_path / "copy")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    write_json(folder / "tokenizer_config.json", settings | {"add_prefix_space": True})
+    theirs = transformers.RobertaTokenizer.from_pretrained(folder)
+    ids = Tokenizer.from_folder(folder).encode("x = 1")
+    assert ids == theirs("x = 1").input_ids
+    assert ids != codet5[1]("x = 1").input_ids
+
+
 def test_codet5_that_is_saved_without_a_config_still_has_an_encoder(codet5, tmp_path):
     """Its special tokens do not say so: it adds bos, too."""
     import transformers
