@@ -18,7 +18,7 @@ Shapes: (out, in) of a linear's weight, A is (1, in) and B is (out, 1).
 
 from minia3.adapters.lora import PLAIN
 from minia3.adapters.peft_files import any_of, task_type, write_peft
-from minia3.adapters.rows import fitting_vectors
+from minia3.adapters.rows import fitting_vectors, warn_of_bases
 from minia3.adapters.vector_names import PREFIX
 from minia3.checkpoints.known_models import public_name
 from minia3.checkpoints.load import open_checkpoint
@@ -34,7 +34,9 @@ def write_dora(folder, adapter_file, base, origin):
     model, or if no DoRA does what the adapter does.
     """
     model, stored, dtype = open_checkpoint(base)
-    factors = factors_of_linears(model, fitting_vectors(model, adapter_file, origin))
+    vectors = fitting_vectors(model, adapter_file, origin)
+    warn_of_bases(model, {origin: adapter_file.base})
+    factors = factors_of_linears(model, vectors)
     tensors = {}
     linears = []
     for name, factor_out in factors.items():

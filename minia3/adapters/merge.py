@@ -20,7 +20,7 @@ from minia3.adapters.fold import check_folded, fold, fold_rows
 from minia3.adapters.lora import LoRA
 from minia3.adapters.merge_quantized import merge_quantized, quantized_entries
 from minia3.adapters.peft_files import read_adapter
-from minia3.adapters.rows import copy_row, fitting_vectors
+from minia3.adapters.rows import copy_row, fitting_vectors, warn_of_bases
 from minia3.checkpoints.hub import find
 from minia3.checkpoints.load import build_model, open_checkpoint, read_checkpoint
 from minia3.checkpoints.load_shards import place_rows
@@ -117,7 +117,9 @@ def merge_files(
     if not is_free(out):
         raise ValueError(f"{out}: exists and is not empty; give a new folder")
     model, stored, dtype = open_checkpoint(name_or_path, dtype)
-    vectors = fitting_vectors(model, read_adapter(adapter), adapter)
+    adapter_file = read_adapter(adapter)
+    vectors = fitting_vectors(model, adapter_file, adapter)
+    warn_of_bases(model, {adapter: adapter_file.base})
     tokenizer = find_tokenizer(find(name_or_path))
     if change is not None:
         change(model, tokenizer)

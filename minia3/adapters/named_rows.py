@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from minia3.adapters.peft_files import read_adapter
-from minia3.adapters.rows import check_row_0, fill_row, fitting_vectors
+from minia3.adapters.rows import check_row_0, fill_row, fitting_vectors, warn_of_bases
 from minia3.files.home import expand_home
 from minia3.files.write import finish_writing
 from minia3.model.adapter_rows import find_row, give_up, give_up_all, number_of
@@ -111,8 +111,12 @@ class Adapters(Mapping):
     def _add(self, paths):
         # Read everything first: if one adapter is wrong, nothing has changed.
         new_vectors = {}
+        bases = {}
         for name, path in paths.items():
-            new_vectors[name] = fitting_vectors(self.model, read_adapter(path), path)
+            adapter_file = read_adapter(path)
+            new_vectors[name] = fitting_vectors(self.model, adapter_file, path)
+            bases[path] = adapter_file.base
+        warn_of_bases(self.model, bases, stacklevel=4)  # the line that calls `load`
 
         with self.lock:
             rows = self._choose_rows(new_vectors)

@@ -90,6 +90,7 @@ def load_adapter(model, folder_or_file, adapter=0):
     places = vectors(model)
     row = row_number(model, adapter)
     new_vectors = fitting_vectors(model, adapter_file, folder_or_file, places)
+    warn_of_bases(model, {folder_or_file: adapter_file.base})
     fill_row(model, row, new_vectors, places)
 
 
@@ -112,8 +113,7 @@ def fitting_vectors(model, adapter_file, origin, places=None):
 
     places: `vectors(model)`, if the caller has it. Finding the vectors takes time.
 
-    Raise ValueError if the model has no place for one of them, or one of another width. Warn if
-    they were trained on another base.
+    Raise ValueError if the model has no place for one of them, or one of another width.
     """
     places = places or vectors(model)
     widths = {name: vector_AD.shape[1] for name, vector_AD in places.items()}
@@ -130,22 +130,35 @@ def fitting_vectors(model, adapter_file, origin, places=None):
         found = f"an adapter of another base: trained on {trained_on}, and the model is {base}"
         count = f"{len(misfits)} vectors do not fit, such as {misfits[0]}"
         raise ValueError(f"{origin}: {found}: {count}")
-
-    doubt = doubt_base(model, adapter_file.base, origin)
-    if doubt is not None:
-        warnings.warn(doubt, stacklevel=3)
     return adapter_file.vectors
 
 
-def doubt_base(model, base, origin):
+def warn_of_bases(model, bases, stacklevel=3):
+    """Warn of adapters that were trained on another base: one line for each such base.
+
+    bases: a dict from the origins of the adapters to the bases that they name (see `doubt_base`).
+    stacklevel: see `warnings.warn`; 3 is the line that calls the caller of this function.
+    """
+    origins_of = {}
+    for origin, base in bases.items():
+        origins_of.setdefault(base, []).append(origin)
+    for base, origins in origins_of.items():
+        doubt = doubt_base(model, base, origins[0], n_more=len(origins) - 1)
+        if doubt is not None:
+            warnings.warn(doubt, stacklevel=stacklevel)
+
+
+def doubt_base(model, base, origin, n_more=0):
     """Return a warning (a text) if the adapter of `origin` was trained on another base, or None.
 
     base: the name or path of the base that the adapter names, or None.
+    n_more: how many other adapters name this base, too.
     """
     name = getattr(model, "name_or_path", None)
     if not base or not name or is_same_base(base, name):
         return None
-    return f"{origin} was trained on {base}, and this model is {name}"
+    trained = "was trained" if n_more == 0 else f"and {n_more} more were trained"
+    return f"{origin} {trained} on {base}, and this model is {name}"
 
 
 def is_same_base(name, other_name):

@@ -479,16 +479,33 @@ def test_each_of_several_threads_that_load_gets_its_row(loaded, folders):
         assert equal_tensors(row_of(model, adapters[name]), vectors)
 
 
-def test_an_adapter_that_names_another_base_is_a_warning(loaded, folders):
-    folder = folders("t5-v1.0", 1)
-    raw = json.loads((folder / "a0" / "adapter_config.json").read_text())
-    (folder / "a0" / "adapter_config.json").write_text(
-        json.dumps(raw | {"base_model_name_or_path": "t5-large"})
-    )
-    adapters = Adapters(loaded("t5-v1.0"))
-    with pytest.warns(UserWarning, match="a0 was trained on t5-large, and this model is "):
+def test_adapters_of_another_base_are_one_warning_of_the_line_that_loads_them(loaded, folders):
+    folder = folders("t5-v1.0", 4)
+    name_base(folder / "a1", "t5-large")
+    name_base(folder / "a2", "t5-large")
+    name_base(folder / "a3", "t5-small")
+    model = loaded("t5-v1.0")
+    adapters = Adapters(model)
+    with pytest.warns(UserWarning, match="trained on") as of_folder:
         adapters.load_folder(folder)
-    assert list(adapters) == ["a0"]
+    with pytest.warns(UserWarning, match="trained on") as of_one:
+        adapters.load("one", folder / "a1")
+    ending = f", and this model is {model.name_or_path}"
+    assert [str(warning.message) for warning in of_folder] == [
+        f"{folder / 'a1'} and 1 more were trained on t5-large{ending}",
+        f"{folder / 'a3'} was trained on t5-small{ending}",
+    ]
+    assert [str(warning.message) for warning in of_one] == [
+        f"{folder / 'a1'} was trained on t5-large{ending}"
+    ]
+    assert {warning.filename for warning in [*of_folder, *of_one]} == {__file__}
+    assert list(adapters) == ["a0", "a1", "a2", "a3", "one"]
+
+
+def name_base(folder, name):
+    path = folder / "adapter_config.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(raw | {"base_model_name_or_path": name}))
 
 
 # Mixed batches
