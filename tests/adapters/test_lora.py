@@ -607,8 +607,15 @@ def test_a_lora_that_names_another_base_is_a_warning(loaded, peft_folder, recwar
 @pytest.mark.parametrize(
     "targets",
     [
-        *(None, [], ["q_proj"], ["proj"], "q_proj", "(", 1, ["q_proj", "layers.0.v_proj"]),
+        None,
+        [],
+        ["q_proj"],
+        ["proj"],
+        "q_proj",
         r".*\.[qv]",  # only the beginnings of the names
+        "(",
+        1,
+        ["q_proj", "layers.0.v_proj"],
     ],
 )
 def test_tensors_that_peft_would_leave_out_are_refused(loaded, peft_folder, targets):
