@@ -22,6 +22,7 @@ from words import END
 import minia3
 from minia3.checkpoints.tokenizer import Tokenizer
 from minia3.cli.main import main
+from minia3.inference import result_file
 from minia3.inference.evaluation import evaluate
 from minia3.inference.scoring import score_examples
 from minia3.tasks.known_tasks import known_tasks
@@ -1137,6 +1138,23 @@ def peak_of_command(words):
 
 
 # The disk
+
+
+def test_ctrl_c_says_that_the_same_command_continues(tmp_path, monkeypatch, capsys):
+    rows = write(tmp_path / "rows.jsonl", running.rows(2))
+    out = tmp_path / "out.jsonl"
+    words = ["predict", running.model("t5"), rows, "--out", out, "--device", "cpu"]
+
+    def stop(path, file, lines):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(result_file, "write_lines", stop)
+        capsys.readouterr()
+        assert main([str(word) for word in words]) == 130
+    assert capsys.readouterr().err == f"minia3: stopped; the same command continues {out}\n"
+    assert main([str(word) for word in words]) == 0
+    assert len(out.read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv"])
