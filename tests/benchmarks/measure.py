@@ -161,7 +161,7 @@ class Bench:
         """Return the Row of two functions, where the matrix products of `ours` are its floor.
 
         n_tokens: what one call of `ours` reads and writes.
-        with_kernels: time the products, the attention and the norms of `ours` alone, too.
+        with_kernels: time the kernels of `ours` (see `Kernels`) alone, too.
         """
         kernels = record_kernels(ours, are_all=True) if with_kernels else None
         row = self.time(ours, theirs, alone=kernels)
@@ -318,22 +318,34 @@ class Roof:
 # and the batched products of attention that is written out.
 ATTENTION = ("aten::_scaled_dot_product", "aten::bmm")
 
-ALL_KERNELS = "products, attention, norms"
+# The other operators that the equations ask for. Copies and casts are not among them.
+ELEMENTWISE = (
+    *(aten.mul, aten.mul_, aten.add, aten.add_, aten.sum, aten.exp_),
+    *(aten._softmax, aten._log_softmax),
+    *(aten.relu, aten.relu_, aten.threshold_backward),
+    *(aten.silu, aten.silu_, aten.silu_backward),
+)
+
+ALL_KERNELS = "products, attention, norms, elementwise"
 
 
 class Kernels(PatchedMode):
     """Records the matrix products that run inside of it. A call runs them alone.
 
-    are_all: record attention and norms, too. (A norm is several operators on a CPU.)
+    are_all: record attention, norms and elementwise operators, too. (A norm is several operators on
+    a CPU, and is recorded as a whole.)
 
     Inputs are kept once for each shape, but weights all, because to read them is what takes time.
+    Elementwise operators of one shape all read the same tensors, so they find these in the caches,
+    just as an operator of a model finds there what the one before it wrote.
     """
 
     def __init__(self, are_all=False):
         super().__init__()
         self.are_all = are_all
-        self.is_with_weight_first = False  # within a product that has its own record
+        self.is_within = False  # a function that is recorded as a whole
         self.inputs = {}  # function and shapes: arguments
+        self.ones = {}  # shape: a tensor that elementwise operators read or write
         self.calls = []  # (function, arguments, arguments by name)
 
     def replaced_functions(self):
@@ -346,15 +358,15 @@ class Kernels(PatchedMode):
 
         def recorded_plain(*args):
             self.record(plain, args)
-            return plain(*args)
+            return self.run_within(plain, *args)
 
         def recorded_forward(context, *args):
             self.record(norm_forward, args)
-            return forward(context, *args)
+            return self.run_within(forward, context, *args)
 
         def recorded_backward(context, grad):
             self.record(norm_backward, (grad, *context.saved_tensors))
-            return backward(context, grad)
+            return self.run_within(backward, context, grad)
 
         return (
             weight_first,
@@ -365,19 +377,25 @@ class Kernels(PatchedMode):
 
     def record_weight_first(self, x, weight):
         self.record_product(multiply_with_weight_first, x.flatten(0, -2), weight.T)
-        self.is_with_weight_first = True
-        out = multiply_with_weight_first(x, weight.T)
-        self.is_with_weight_first = False
+        return self.run_within(multiply_with_weight_first, x, weight.T)
+
+    def run_within(self, function, *args):
+        """Call a function that has been recorded, so its operators are not recorded again."""
+        self.is_within = True
+        out = function(*args)
+        self.is_within = False
         return out
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if self.is_with_weight_first:
+        if self.is_within:
             return func(*args, **kwargs)
         if func is aten.mm.default:
             self.record_product(func, *args)
         elif self.are_all and func.name().startswith(ATTENTION):
             self.record(func, args, kwargs)
+        elif self.are_all and is_elementwise(func):
+            self.record_elementwise(func, args, kwargs)
         return func(*args, **kwargs)
 
     def record_product(self, func, x, weight):
@@ -394,6 +412,24 @@ class Kernels(PatchedMode):
         shapes = [shape_of(x) for x in (*args, *kwargs.values())]
         detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
         return self.inputs.setdefault((func, *shapes), (detached, kwargs))
+
+    def record_elementwise(self, func, args, kwargs):
+        """Note a call on ones, because the product of two gradients may take longer (denormals)."""
+        written = written_arguments(func)
+        positional = [self.ones_like(x, i in written) for i, x in enumerate(args)]
+        named = {name: self.ones_like(x, name in written) for name, x in kwargs.items()}
+        self.calls.append((func, positional, named))
+
+    def ones_like(self, x, is_written):
+        """Return ones in place of a tensor, and anything else as it is."""
+        if not isinstance(x, torch.Tensor):
+            return x
+        key = (*shape_of(x), is_written)
+        if key not in self.ones:
+            last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+            ones = torch.ones(last + 1, dtype=x.dtype, device=x.device)
+            self.ones[key] = ones.as_strided(x.shape, x.stride())
+        return self.ones[key]
 
     @property
     def products(self):
@@ -454,9 +490,23 @@ class NormContext:
         pass
 
 
+def is_elementwise(func):
+    """Return whether this is one of ELEMENTWISE. func: an operator of torch, or a function."""
+    return getattr(func, "overloadpacket", None) in ELEMENTWISE
+
+
+def written_arguments(func):
+    """Return the positions and the names of the arguments that an operator writes into."""
+    written = set()
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.is_write:
+            written |= {i, argument.name}
+    return written
+
+
 def shape_of(x):
-    """Return the shape and the strides of a tensor, and any other argument as it is."""
-    return (x.shape, x.stride()) if isinstance(x, torch.Tensor) else x
+    """Return shape, strides and dtype of a tensor, and any other argument as it is."""
+    return (x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else x
 
 
 def record_kernels(function, are_all=False):
