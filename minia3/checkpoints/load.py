@@ -137,12 +137,16 @@ def is_stored_in_nf4(name_or_path):
     Raise the errors of `load_model`.
     """
     model, stored, _ = open_checkpoint(name_or_path)
-    return has_packed(model, stored)
+    return len(packed_names(model, stored)) > 0
 
 
-def has_packed(model, stored):
-    """Return whether linears of the blocks are stored in nf4. See `open_checkpoint`."""
-    return any(is_packed(model, name, entry) for name, (_, entry) in stored.items())
+def packed_names(model, stored):
+    """Return our names of the weights of blocks that are stored in nf4, and can stay in it.
+
+    stored: see `open_checkpoint`.
+    """
+    names = [name for name, (_, entry) in stored.items() if is_packed(model, name, entry)]
+    return frozenset(names)
 
 
 def is_packed(model, name, entry):

@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 import torch
 
+from minia3.checkpoints.tensor_names import name_table
 from minia3.files.read import read_json, reading
-from minia3.model.quantized import NF4_BLOCK, NF4Linear, bitsandbytes_functions
+from minia3.model.quantized import NF4_BLOCK, NF4Linear, bitsandbytes_functions, is_quantizable
 
 STATE = ".quant_state.bitsandbytes__nf4"
 # The tensors beside the codes.
@@ -30,6 +31,10 @@ DTYPES = ("float32", "float16", "bfloat16")
 # What config.json says of a checkpoint that can be read. Other keys say how it was made, or in
 # which dtype to compute.
 REQUIRED = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}
+
+# The modules that transformers leaves plain although no file says so: the last linear of a T5's
+# feed-forward (_keep_in_fp32_modules of transformers).
+ALWAYS_PLAIN = ("wo",)
 
 ALL_ROWS = slice(None)
 
@@ -55,13 +60,35 @@ def check_quantization(quantization):
             )
 
 
-def is_config_of_nf4(path):
-    """Return whether a model's config.json says that its weights are stored in nf4.
+def packed_by_config(model, path):
+    """Return our names of the weights that a model's config.json says are stored in nf4.
 
     For a model whose weights are not on this machine. The config was checked before.
     """
     config = path / "config.json"
-    return config.exists() and read_json(config).get("quantization_config") is not None
+    if not config.exists():
+        return frozenset()
+    quantization = read_json(config).get("quantization_config")
+    if quantization is None:
+        return frozenset()
+    modules = quantization.get("llm_int8_skip_modules")
+    if not isinstance(modules, list):  # it is null in most files
+        modules = []
+    names = set()
+    for theirs, ours in name_table(model).items():
+        is_of_block = ours is not None and is_quantizable(model, ours)
+        if is_of_block and not is_left_plain(theirs, modules):
+            names.add(ours)
+    return frozenset(names)
+
+
+def is_left_plain(name, modules):
+    """Return whether transformers has left a weight as it was.
+
+    modules: llm_int8_skip_modules, the names of modules or their ends. (Newer versions of
+    transformers take them for patterns, too, and we do not.)
+    """
+    return any(f".{module}." in f".{name}" for module in [*modules, *ALWAYS_PLAIN])
 
 
 def join_packed(entries):

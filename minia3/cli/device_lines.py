@@ -53,23 +53,22 @@ class Devices(NamedTuple):
             raise ValueError(f"{found}, expected a number that divides --devices")
 
 
-def device_lines(name, model_config, devices, batch, length, stored_kind=None):
+def device_lines(name, model_config, devices, batch, length, packed):
     """Yield (title, text) lines: the plan for a batch of `batch` sources of `length` tokens.
 
     name: what --model is given. devices: a Devices. The base is divided if that is asked for, or if
-    a device cannot hold it, as in a run. stored_kind: "nf4" if the base is stored so, and then it
-    stays in nf4 without a flag.
+    a device cannot hold it, as in a run. packed: see `Plan`.
     """
-    asked = devices
-    devices = devices._replace(quantize=devices.quantize or stored_kind)
     n_examples = math.ceil(batch / devices.n_devices)  # of the device that has the most
     shape = recipe_shape(n_examples, length)
-    plan = Plan(model_config, DTYPE, devices.quantize)
+    plan = Plan(model_config, DTYPE, devices.quantize, packed=packed)
     n_shards = choose_shards(plan, devices, shape)
     on_device = plan.on_device(n_shards, shape, devices.offload)
     answer = "yes" if on_device.fits(devices.memory) else "no"
 
-    base = f"{devices.quantize or 'bfloat16'} base, {place_of_base(devices, n_shards)}"
+    stored_kind = "nf4" if packed else None
+    kind = devices.quantize or stored_kind
+    base = f"{kind or 'bfloat16'} base, {place_of_base(devices, n_shards)}"
     yield "devices", f"{devices.n_devices} of {format_size(devices.memory)}: {base}"
     yield "fits", f"{answer}: {format_size(on_device.total)} for {n_examples} x {length} tokens"
     yield from part_lines(plan, devices, n_shards, on_device)
@@ -79,12 +78,12 @@ def device_lines(name, model_config, devices, batch, length, stored_kind=None):
         sizes = ["--batch-size", batch, "--max-length", length]
         if largest < n_examples:
             sizes += ["--micro-batch-size", largest]  # of each process
-        yield "command", shlex.join(map(str, command(name, asked, n_shards) + sizes))
+        yield "command", shlex.join(map(str, command(name, devices, n_shards) + sizes))
     else:
-        yield "instead", advice(model_config, devices, shape)
+        yield "instead", advice(model_config, devices, shape, packed)
     dtypes = "in bfloat16 except for the vectors"
-    if devices.quantize:
-        dtypes = f"with blocks in {devices.quantize}, vectors in float32, the rest in bfloat16"
+    if kind:
+        dtypes = f"with blocks in {kind}, vectors in float32, the rest in bfloat16"
     for line in textwrap.wrap(NOTE.format(dtypes=dtypes), NOTE_WIDTH):
         yield "", line
 
@@ -140,7 +139,7 @@ def command(name, devices, n_shards):
     return words
 
 
-def advice(model_config, devices, shape):
+def advice(model_config, devices, shape, packed):
     """Return what to do if not even one example on each device fits.
 
     A smaller base comes first, then more devices, then both. In these cases the base is divided
@@ -148,7 +147,7 @@ def advice(model_config, devices, shape):
     """
     first = shape._replace(n_examples=1)
     kinds = tuple(dict.fromkeys((devices.quantize, *QUANTIZED)))
-    plans = {kind: Plan(model_config, DTYPE, kind) for kind in kinds}
+    plans = {kind: Plan(model_config, DTYPE, kind, packed=packed) for kind in kinds}
 
     def fits(kind, n_shards, offload=devices.offload):
         return plans[kind].on_device(n_shards, first, offload).fits(devices.memory)

@@ -131,12 +131,11 @@ def info(name_or_path, batch=8, length=128, devices=None):
     devices: None, or the Devices on which a run is planned (device_lines.py).
     Raise ValueError if there is no such model, or if minia3 cannot run it.
     """
-    from minia3.checkpoints.load import build_model
     from minia3.model.ia3 import vectors
     from minia3.model.t5 import T5Config
 
-    name, config, stored_kind = find_config(name_or_path)
-    model = build_model(config)
+    name, model, packed = find_model(name_or_path)
+    config = model.config
     rows = {vector_name: vector[0] for vector_name, vector in vectors(model).items()}
     n_adapter = sum(row.numel() for row in rows.values())
     n_base = sum(p.numel() for p in model.parameters()) - n_adapter
@@ -154,12 +153,12 @@ def info(name_or_path, batch=8, length=128, devices=None):
     yield "adapter file", format_size(adapter_file_size(rows))
     if devices is None:
         yield from memory_lines(config, batch, length)
-        if stored_kind:
+        if packed:
             yield "", NF4_NOTE
     else:
         from minia3.cli.device_lines import device_lines
 
-        yield from device_lines(str(name_or_path), config, devices, batch, length, stored_kind)
+        yield from device_lines(str(name_or_path), config, devices, batch, length, packed)
 
 
 def known_rows():
@@ -220,32 +219,29 @@ def hub_column(repo):
     return "(in this package)" if os.path.isabs(repo) else repo
 
 
-def find_config(name_or_path):
-    """Return the full name of a model, its config, and "nf4" if it is stored so (else None).
+def find_model(name_or_path):
+    """Return the full name of a model, the model on the meta device, and its `packed_names`.
 
     No weights are needed. If they are on this machine, `open_checkpoint` looks at them.
     """
     from minia3.checkpoints.hub import find
     from minia3.checkpoints.known_models import known_model
     from minia3.checkpoints.layout import has_all_weights
-    from minia3.checkpoints.load import has_packed, open_checkpoint, read_checkpoint
-    from minia3.checkpoints.nf4_files import is_config_of_nf4
+    from minia3.checkpoints.load import build_model, open_checkpoint, packed_names, read_checkpoint
+    from minia3.checkpoints.nf4_files import packed_by_config
 
     known = known_model(name_or_path)
     if known:
-        return known.repo, known.config, None
+        return known.repo, build_model(known.config), frozenset()
     path = find(name_or_path, weights=False)
     if has_all_weights(path):
         # They say whether the head is the embedding, because transformers 5 writes the config of a
         # T5 as if it were.
         model, stored, _ = open_checkpoint(path)
-        config = model.config
-        is_nf4 = has_packed(model, stored)
-    else:
-        config, _ = read_checkpoint(path, weights=False)
-        is_nf4 = is_config_of_nf4(path)
-    stored_kind = "nf4" if is_nf4 else None
-    return str(name_or_path), config, stored_kind
+        return str(name_or_path), model, packed_names(model, stored)
+    config, _ = read_checkpoint(path, weights=False)
+    model = build_model(config)
+    return str(name_or_path), model, packed_by_config(model, path)
 
 
 def adapter_file_size(rows):

@@ -63,15 +63,16 @@ class Plan:
 
     model_config: a T5Config or LlamaConfig. dtype: that of the weights that are not quantized.
     quantize: None, "int8" or "nf4". config: the flags of a run, because --dropout and --recompute
-    change what a step keeps; None: the recipe with --recompute.
+    change what a step keeps; None: the recipe with --recompute. packed: names of the weights that
+    are stored in nf4, and stay in it unless `quantize` is given.
     """
 
-    def __init__(self, model_config, dtype, quantize=None, config=None):
+    def __init__(self, model_config, dtype, quantize=None, config=None, packed=frozenset()):
         self.model_config = model_config
         self.dtype = dtype
         self.quantize = quantize
         self.config = config or Config(recompute=True)
-        self.base = Base(model_config, dtype, quantize)
+        self.base = Base(model_config, dtype, quantize, packed)
         self.planned = {}  # StepShape -> activations, because planning them takes seconds
 
     def on_device(self, n_shards, shape, offload=False):
@@ -148,7 +149,7 @@ class Base:
     bytes of what belongs to no block.
     """
 
-    def __init__(self, model_config, dtype, quantize):
+    def __init__(self, model_config, dtype, quantize, packed=frozenset()):
         self.n_vectors = 0  # entries of an adapter
         self.n_whole = 0
         self.largest_dequantized = 0
@@ -161,9 +162,11 @@ class Base:
                 continue
             n_rows = len(parameter)
             rows = row_bytes(parameter, dtype_of_parameter(name, dtype), None)
-            if quantize and is_quantizable(model, name):
+            stored_kind = "nf4" if name in packed else None
+            kind = quantize or stored_kind
+            if kind and is_quantizable(model, name):
                 self.largest_dequantized = max(self.largest_dequantized, n_rows * sum(rows))
-                rows = row_bytes(parameter, dtype, quantize)
+                rows = row_bytes(parameter, dtype, kind)
             for row in rows:
                 self.add(name, n_rows, row)
 
@@ -219,11 +222,12 @@ def recipe_shape(n_examples, length):
     return StepShape(n_examples, length, 1, TARGET_LENGTH)
 
 
-def fits_one_device(model_config, dtype, config, memory):
+def fits_one_device(model_config, dtype, config, memory, packed=frozenset()):
     """Return whether a device of `memory` bytes holds a whole model while an example trains.
 
-    config: the flags of the run. One example of --max-length tokens is planned, because a batch
-    that is too large is a matter for --micro-batch-size, and no reason to divide the base.
+    config: the flags of the run. packed: see `Plan`. One example of --max-length tokens is planned,
+    because a batch that is too large is a matter for --micro-batch-size, and no reason to divide
+    the base.
     """
-    plan = Plan(model_config, dtype, config.quantize, config)
+    plan = Plan(model_config, dtype, config.quantize, config, packed)
     return plan.on_device(1, recipe_shape(1, config.max_length)).fits(memory)

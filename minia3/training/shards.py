@@ -1,9 +1,8 @@
 """Whether a run divides its frozen base among processes: --shard, --offload, and by default."""
 
 import atexit
-from dataclasses import replace
 
-from minia3.checkpoints.load import has_packed, open_checkpoint
+from minia3.checkpoints.load import open_checkpoint, packed_names
 from minia3.files.processes import (
     FOREVER,
     choose_backend,
@@ -77,10 +76,8 @@ def is_enough_memory(config, dtype, memory):
     # Imported late, because `generate` and `predict` divide models, too, and plan nothing.
     from minia3.training.device_plan import fits_one_device
 
-    if config.quantize is None and has_packed(model, stored):
-        # The blocks stay in nf4. Linears that were left plain, usually few, count as nf4, too.
-        config = replace(config, quantize="nf4")
-    return fits_one_device(model.config, dtype, config, memory)
+    packed = packed_names(model, stored)
+    return fits_one_device(model.config, dtype, config, memory, packed)
 
 
 def make_mesh(device, n_per_copy):

@@ -13,12 +13,15 @@ from torch import nn
 import minia3
 from minia3.adapters.lora import add_lora, save_lora
 from minia3.adapters.merge import merge_files
-from minia3.cli.info import info
+from minia3.cli.device_lines import Devices
+from minia3.cli.info import find_model, info
 from minia3.cli.main import main
+from minia3.cli.terminal import format_size
 from minia3.model.linear import Linear
 from minia3.model.more_vectors import add_vectors, possible_vectors
 from minia3.model.quantized import NF4Linear, dequantize, quantized_linears
 from minia3.training.config import Config
+from minia3.training.device_plan import Plan, recipe_shape
 from minia3.training.methods import trainable_parameters
 from minia3.training.shards import is_enough_memory
 
@@ -220,6 +223,39 @@ def test_a_run_divides_it_only_if_it_does_not_fit_in_nf4(tmp_path):
     assert not is_enough_memory(Config(model=plain), torch.bfloat16, memory)
     assert not is_enough_memory(Config(model=stored, quantize="int8"), torch.bfloat16, memory)
     assert not is_enough_memory(Config(model=stored), torch.bfloat16, memory // 2)
+
+
+@pytest.mark.usefixtures("little_activations")
+@pytest.mark.parametrize(
+    ("name", "plain", "modules"),
+    [
+        ("llama-gqa", "q_proj", ["q_proj"]),
+        ("llama-gqa", "layers.0.mlp", ["lm_head", "model.layers.0.mlp"]),
+        ("t5-v1.1", "DenseReluDense.wo", None),  # transformers leaves it plain, and says nothing
+    ],
+)
+def test_linears_that_stay_plain_are_planned_so(tmp_path, name, plain, modules):
+    write_quantized(name, tmp_path, double_quant=False, plain=plain)
+    quantization = QUANTIZATION | {"llm_int8_skip_modules": modules}
+    change_config(tmp_path, quantization_config=quantization)
+    model = minia3.load_model(tmp_path, dtype=torch.bfloat16)
+    vectors = set(minia3.vectors(model).values())
+    n_bytes = sum(p.nbytes for p in model.parameters() if p not in vectors)
+
+    planned = dict(info(tmp_path, 1, 32, Devices(1, 1e9, None, None, False)))
+    assert planned["weights"] == f"{format_size(n_bytes)} (the base)"
+    _, _, packed = find_model(tmp_path)
+    assert packed == {f"{linear}.weight" for linear in quantized_linears(model)}
+    plan = Plan(model.config, torch.bfloat16, packed=packed)
+    assert plan.base.n_bytes == n_bytes
+    memory = plan.on_device(1, recipe_shape(1, 32)).total / 0.9
+    run = Config(model=str(tmp_path), max_length=32)
+    assert is_enough_memory(run, torch.bfloat16, memory + 10)
+    assert not is_enough_memory(run, torch.bfloat16, memory - 10)
+
+    (tmp_path / "model.safetensors").unlink()
+    _, _, packed_by_config = find_model(tmp_path)
+    assert packed_by_config == packed
 
 
 def test_the_command_that_converts_names_the_one_that_writes_plain_weights(
