@@ -42,7 +42,7 @@ from minia3.files.progress import progress
 from minia3.files.read import read_json, reading
 from minia3.files.tensors import FLOATS, read_tensors
 from minia3.model.llama import Llama
-from minia3.model.quantized import QUANTIZED, NF4Linear, is_quantizable
+from minia3.model.quantized import QUANTIZED, NF4Linear, check_widths, is_quantizable
 from minia3.model.t5 import T5, T5Config
 
 N_SHOWN = 20  # problems that a message names; the others are counted
@@ -79,7 +79,8 @@ def load_model(
 
     On the CPU, weights that keep their dtype are mapped from the file and not copied. Raise
     ValueError if the name leads nowhere, if files cannot be read, if tensors do not fit the config
-    (one message names all such tensors), or if a weight that is checked is not finite.
+    (one message names all such tensors) or the kind of `quantize`, or if a weight that is checked
+    is not finite.
     """
     name_or_path = expand_home(name_or_path)
     is_count = isinstance(n_adapters, Integral) and not isinstance(n_adapters, bool)
@@ -88,6 +89,7 @@ def load_model(
     if quantize not in (None, *QUANTIZED):
         raise ValueError(f"quantize is {quantize!r}, expected one of {', '.join(QUANTIZED)}")
     model, stored, weight_dtype = open_checkpoint(name_or_path, dtype, n_adapters)
+    check_widths(model, quantize)
     if shards is not None:
         place_shards(model, stored, weight_dtype, shards, quantize, check_finite)
         return model.eval()

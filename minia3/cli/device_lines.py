@@ -3,11 +3,13 @@
 import math
 import shlex
 import textwrap
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
 
 from minia3.cli.terminal import format_size
+from minia3.model.quantized import check_widths
 from minia3.training.choices import QUANTIZED
 from minia3.training.device_plan import Plan, recipe_shape
 from minia3.training.shards import ALL
@@ -53,15 +55,15 @@ class Devices(NamedTuple):
             raise ValueError(f"{found}, expected a number that divides --devices")
 
 
-def device_lines(name, model_config, devices, batch, length, packed):
+def device_lines(name, model, devices, batch, length, packed):
     """Yield (title, text) lines: the plan for a batch of `batch` sources of `length` tokens.
 
-    name: what --model is given. devices: a Devices. The base is divided if that is asked for, or if
-    a device cannot hold it, as in a run. packed: see `Plan`.
+    name: what --model is given. model: one on the meta device. devices: a Devices. The base is
+    divided if that is asked for, or if a device cannot hold it, as in a run. packed: see `Plan`.
     """
     n_examples = math.ceil(batch / devices.n_devices)  # of the device that has the most
     shape = recipe_shape(n_examples, length)
-    plan = Plan(model_config, DTYPE, devices.quantize, packed=packed)
+    plan = Plan(model.config, DTYPE, devices.quantize, packed=packed)
     n_shards = choose_shards(plan, devices, shape)
     on_device = plan.on_device(n_shards, shape, devices.offload)
     answer = "yes" if on_device.fits(devices.memory) else "no"
@@ -80,7 +82,7 @@ def device_lines(name, model_config, devices, batch, length, packed):
             sizes += ["--micro-batch-size", largest]  # of each process
         yield "command", shlex.join(map(str, command(name, devices, n_shards) + sizes))
     else:
-        yield "instead", advice(model_config, devices, shape, packed)
+        yield "instead", advice(model, devices, shape, packed)
     dtypes = "in bfloat16 except for the vectors"
     if kind:
         dtypes = f"with blocks in {kind}, vectors in float32, the rest in bfloat16"
@@ -139,15 +141,15 @@ def command(name, devices, n_shards):
     return words
 
 
-def advice(model_config, devices, shape, packed):
+def advice(model, devices, shape, packed):
     """Return what to do if not even one example on each device fits.
 
     A smaller base comes first, then more devices, then both. In these cases the base is divided
     among all devices. --offload, which is slow, comes last, and changes nothing else.
     """
     first = shape._replace(n_examples=1)
-    kinds = tuple(dict.fromkeys((devices.quantize, *QUANTIZED)))
-    plans = {kind: Plan(model_config, DTYPE, kind, packed=packed) for kind in kinds}
+    kinds = tuple(dict.fromkeys((devices.quantize, *possible_kinds(model))))
+    plans = {kind: Plan(model.config, DTYPE, kind, packed=packed) for kind in kinds}
 
     def fits(kind, n_shards, offload=devices.offload):
         return plans[kind].on_device(n_shards, first, offload).fits(devices.memory)
@@ -164,6 +166,16 @@ def advice(model_config, devices, shape, packed):
                 return "; ".join(ways)
         n_devices *= 2
     return "; ".join(ways) or "use devices with more memory, or a smaller model"
+
+
+def possible_kinds(model):
+    """Return the values of --quantize that suit the widths of a model."""
+    kinds = []
+    for kind in QUANTIZED:
+        with suppress(ValueError):
+            check_widths(model, kind)
+            kinds.append(kind)
+    return kinds
 
 
 def flags_of_advice(devices, kind, n_devices):

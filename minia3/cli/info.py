@@ -129,12 +129,15 @@ def info(name_or_path, batch=8, length=128, devices=None):
     batch, length: how many sources, and of how many tokens, the memory is planned for. The memory
     comes last, because planning it takes up to half a minute for large models.
     devices: None, or the Devices on which a run is planned (device_lines.py).
-    Raise ValueError if there is no such model, or if minia3 cannot run it.
+    Raise ValueError if there is no such model, or if minia3 cannot run it, or not on such a base.
     """
     from minia3.model.ia3 import vectors
+    from minia3.model.quantized import check_widths
     from minia3.model.t5 import T5Config
 
     name, model, packed = find_model(name_or_path)
+    if devices is not None:
+        check_widths(model, devices.quantize)  # as a run does
     config = model.config
     rows = {vector_name: vector[0] for vector_name, vector in vectors(model).items()}
     n_adapter = sum(row.numel() for row in rows.values())
@@ -158,7 +161,7 @@ def info(name_or_path, batch=8, length=128, devices=None):
     else:
         from minia3.cli.device_lines import device_lines
 
-        yield from device_lines(str(name_or_path), config, devices, batch, length, packed)
+        yield from device_lines(str(name_or_path), model, devices, batch, length, packed)
 
 
 def known_rows():

@@ -107,9 +107,7 @@ class NF4Linear(QuantizedLinear):
     def quantize(weight_OI):
         quantize_4bit = bitsandbytes_functions().quantize_4bit
         n_outputs, n_inputs = weight_OI.shape
-        if n_inputs % NF4_BLOCK != 0:
-            expected = f"a multiple of {NF4_BLOCK}, so that no two rows share a scale"
-            raise ValueError(f"nf4 of a weight with {n_inputs} inputs: expected {expected}")
+        check_nf4_width(n_inputs)
         codes, state = quantize_4bit(
             weight_OI.float().contiguous(), blocksize=NF4_BLOCK, quant_type="nf4"
         )
@@ -130,6 +128,13 @@ class NF4Linear(QuantizedLinear):
             dtype=known_dtype,
         )
         return functions.dequantize_4bit(codes_OC.reshape(-1, 1), state).to(dtype)
+
+
+def check_nf4_width(n_inputs):
+    """Raise ValueError if the rows of a weight would not be whole blocks."""
+    if n_inputs % NF4_BLOCK != 0:
+        expected = f"a multiple of {NF4_BLOCK}, so that no two rows share a scale"
+        raise ValueError(f"nf4 of a weight with {n_inputs} inputs: expected {expected}")
 
 
 def bitsandbytes_functions():
@@ -169,3 +174,15 @@ def is_quantizable(model, name):
     module_name, _, kind = name.rpartition(".")
     is_linear = type(model.get_submodule(module_name)) is Linear
     return is_linear and "blocks." in module_name and kind == "weight"
+
+
+def check_widths(model, kind):
+    """Raise ValueError if linears of the blocks cannot be of a kind of `QUANTIZED`. None is none.
+
+    model: one whose linears are plain, as those on the meta device.
+    """
+    if kind != "nf4":
+        return
+    for name, parameter in model.named_parameters():
+        if is_quantizable(model, name):
+            check_nf4_width(parameter.shape[1])

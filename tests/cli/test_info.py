@@ -21,10 +21,17 @@ from conftest import LLAMA_PEERS, T5_PEERS
 
 import minia3
 from minia3.checkpoints.known_models import KNOWN_MODELS
-from minia3.cli.info import add_arguments, count_parameters, devices_of, info, parameters_of
+from minia3.cli.info import (
+    add_arguments,
+    count_parameters,
+    devices_of,
+    find_model,
+    info,
+    parameters_of,
+)
 from minia3.cli.main import main
 from minia3.training import memory_plan
-from minia3.training.device_plan import Base
+from minia3.training.device_plan import Base, Plan, recipe_shape
 
 # The parameters of an adapter (the paper's equation) and of its base (as published; None: unknown)
 PUBLISHED = {
@@ -427,6 +434,30 @@ def test_what_does_not_fit_comes_with_advice(arguments, expected, no_activations
     assert found["fits"].startswith("no: ")
     assert "command" not in found
     assert expected in found["instead"]
+
+
+def test_a_base_that_a_run_would_refuse_is_refused_by_its_plan(capsys, monkeypatch):
+    """Both say the same, and no weight is read before."""
+    monkeypatch.delattr("minia3.checkpoints.load.read_as")
+    message = "nf4 of a weight with 24 inputs: expected a multiple of 64, so that no two rows share"
+    words = [str(running.model("t5")), "--quantize", "nf4"]
+    assert_refused(["generate", *words, "w3"], capsys, message)
+    assert_refused(["info", *words, "--devices", "1", "--memory", "1"], capsys, message)
+
+
+@pytest.mark.parametrize(("name", "is_offered"), [("t5", False), ("t5-wide", True)])
+def test_the_advice_has_no_base_that_a_run_would_refuse(name, is_offered, no_activations):
+    folder = str(running.model(name))
+    _, model, _ = find_model(folder)
+    totals = []
+    for kind in ("int8", "nf4"):
+        plan = Plan(model.config, torch.bfloat16, kind)
+        totals.append(plan.on_device(1, recipe_shape(1, 128)).total)
+    assert totals[0] > totals[1]
+    memory = sum(totals) / 2 / 0.9  # too little for int8, and enough for nf4
+    found = plan_of(folder, "--devices", 1, "--memory", memory / 1e9)
+    assert found["fits"].startswith("no: ")
+    assert ("--quantize nf4 fits" in found["instead"]) == is_offered
 
 
 @pytest.mark.parametrize(
