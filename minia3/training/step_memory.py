@@ -3,7 +3,8 @@
 The step is planned on fake tensors (memory_plan.py), with the longest source and the longest
 choices of the run, once with three layers in each stack and once with four. In each part of the
 step, each further layer takes as much as the fourth one (`count_in_parts`). This takes a
-second or two, whatever the size of the model.
+second or two, whatever the size of the model. With --layers, layers differ: those below the first
+one that trains keep nothing for the backward pass. Then the whole depth is planned.
 
 Shapes: B examples, M source length, C choices, L tokens of a choice.
 """
@@ -28,6 +29,7 @@ from minia3.training.memory_plan import (
 )
 from minia3.training.methods import trainable_parameters
 from minia3.training.prepare import prepare_model
+from minia3.training.rules import is_given
 
 # Bytes per trained parameter that the plan does not count: a gradient, and AdamW's two moments.
 TRAINED_BYTES = 12
@@ -99,9 +101,15 @@ def bytes_of_trained(group):
 
 
 def planned_activations(model_config, dtype, shape, config, sharded=False):
-    """Return the largest of `peaks_of_step` for a model of any depth, in a second or two."""
+    """Return the largest of `peaks_of_step` for a model of any depth, in a second or two.
+
+    If --layers is given, it takes as long as all layers take: about a second for ten.
+    """
     options = {"dtype": dtype, "shape": shape, "config": config, "sharded": sharded}
-    return int(extrapolate_depth(partial(peaks_of_step, **options), model_config).max())
+    count = partial(peaks_of_step, **options)
+    if is_given(config, "layers"):
+        return int(count(model_config).max())
+    return int(extrapolate_depth(count, model_config).max())
 
 
 def peaks_of_step(model_config, dtype, shape, config, sharded=False):
@@ -109,12 +117,12 @@ def peaks_of_step(model_config, dtype, shape, config, sharded=False):
     the weights: an array, see `count_in_parts`.
 
     config: the flags of the run; what trains, dropout and recomputation change what is kept.
-    (--layers is not looked at: the vectors of all layers train here.) sharded: whether processes
-    share one copy of the base, because then choices are not scored in chunks.
+    sharded: whether processes share one copy of the base, because then choices are not scored in
+    chunks.
     """
     with FakeTensorMode():
         model = model_without_values(model_config, dtype)
-        trainable_parameters(model, replace(config, adapter=None, layers="0-", seed=0))
+        trainable_parameters(model, replace(config, adapter=None, seed=0))
         prepare_model(model, replace(config, compile=False))
         model.train()
 

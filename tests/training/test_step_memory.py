@@ -95,6 +95,8 @@ def test_the_plan_of_another_method_has_what_its_gradients_need(shape, method):
         ("t5", {"sites": "ff"}),
         ("t5", {"sites": "k,v,ff,q,o"}),
         ("llama", {"sites": ALL_SITES}),
+        ("t5", {"layers": "1-"}),
+        ("llama", {"layers": "1"}),
     ],
 )
 def test_the_plan_has_the_vectors_that_train(name, flags):
@@ -138,6 +140,7 @@ RECOMPUTE = replace(FLAGS, recompute=True, dropout=0.0)
         ("gated t5", FLAGS, (4, 32, 2, 4)),
         ("llama", FLAGS, (4, 32, 2, 4)),
         ("deep llama", RECOMPUTE, (4, 64, 1, 4)),
+        ("llama", replace(FLAGS, layers="3-"), (4, 32, 2, 4)),
         pytest.param("deep llama", RECOMPUTE, (4, 64, 3, 4), marks=pytest.mark.slow),
         pytest.param("deep t5", RECOMPUTE, (4, 64, 3, 8), marks=pytest.mark.slow),
         # Its choices take turns.
