@@ -68,15 +68,7 @@ def add_lora(model, rank=8, alpha=16, where=("q", "v"), seed=0):
 
     Raise ValueError if the model has LoRA already, or none of these linears.
     """
-    if quantized_linears(model):
-        advice = (
-            "load it without quantize; if its files are in nf4, give the model that they were made "
-            "from, fold the LoRA into them with `minia3 merge`, or call "
-            "minia3.model.quantized.dequantize first"
-        )
-        raise ValueError(f"a LoRA needs plain weights, and this base is quantized: {advice}")
-    if is_sharded(model):
-        raise ValueError("a LoRA needs a whole base, and this one is divided (--shard, --offload)")
+    check_base_of_lora(len(quantized_linears(model)) > 0, is_sharded(model))
     linears = block_linears(model)
     kinds = sorted({name.rpartition(".")[2] for name in linears})
     has_kinds = bool(where) and set(where) <= set(kinds)
@@ -99,6 +91,19 @@ def add_lora(model, rank=8, alpha=16, where=("q", "v"), seed=0):
             lora = LoRA(linear, a.to(device), b, alpha)
             setattr(model.get_submodule(parent_name), kind, lora)
     return lora_parameters(model)
+
+
+def check_base_of_lora(is_quantized, is_divided):
+    """Raise ValueError unless a base has plain weights, and is whole."""
+    if is_quantized:
+        advice = (
+            "load it without quantize; if its files are in nf4, give the model that they were made "
+            "from, fold the LoRA into them with `minia3 merge`, or call "
+            "minia3.model.quantized.dequantize first"
+        )
+        raise ValueError(f"a LoRA needs plain weights, and this base is quantized: {advice}")
+    if is_divided:
+        raise ValueError("a LoRA needs a whole base, and this one is divided (--shard, --offload)")
 
 
 def block_linears(model):

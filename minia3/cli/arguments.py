@@ -145,6 +145,8 @@ def load_model(args):
             if not Path(adapter).exists():
                 find_adapter(adapter)
     shards = make_shards(getattr(args, "shard", None), getattr(args, "offload", False), device)
+    if adapter and not is_folder_of_adapters(adapter):
+        check_base_of_adapter(args, shards)
     with showing("loading"):
         return load_model(
             args.model,
@@ -154,6 +156,25 @@ def load_model(args):
             check_finite=args.check_weights,
             shards=shards,
         )
+
+
+def is_folder_of_adapters(path):
+    """Return whether a path, or None, leads to a folder that is not an adapter itself."""
+    is_folder = path is not None and Path(path).is_dir()
+    return is_folder and not Path(path, "adapter_config.json").exists()
+
+
+def check_base_of_adapter(args, shards):
+    """Raise ValueError if --adapter is a LoRA, and the base is not plain and whole.
+
+    `load_lora` would say so only after all weights have been read.
+    """
+    from minia3.adapters.lora import check_base_of_lora, is_lora
+    from minia3.checkpoints.load import is_stored_in_nf4
+
+    if is_lora(args.adapter):
+        is_quantized = args.quantize is not None or is_stored_in_nf4(args.model)
+        check_base_of_lora(is_quantized, is_divided=shards is not None)
 
 
 def describe_folder(folder):

@@ -16,6 +16,7 @@ from minia3.cli.arguments import (
     add_model,
     add_quantize,
     add_shard,
+    is_folder_of_adapters,
     load_model,
     positive,
     warn_if_endless,
@@ -286,11 +287,6 @@ def tasks_of_folder(folder, name):
         elif name is None and tasks_of_adapter:
             by_adapter[path.name] = only_task(path, tasks_of_adapter)
     return tasks, by_adapter
-
-
-def is_folder_of_adapters(path):
-    is_folder = path is not None and Path(path).is_dir()
-    return is_folder and not Path(path, "adapter_config.json").exists()
 
 
 def only_task(path, tasks):

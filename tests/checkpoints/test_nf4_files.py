@@ -284,6 +284,35 @@ def test_a_lora_needs_plain_weights_and_the_message_says_how_to_get_them(tmp_pat
     assert off(logits(minia3.load_model(tmp_path / "merged"), SOURCE, MASK, TARGET), applied) < 1e-5
 
 
+@pytest.mark.parametrize("command", ["generate", "predict"])
+@pytest.mark.parametrize(
+    ("cause", "message"),
+    [
+        ("stored in nf4", "a LoRA needs plain weights, and this base is quantized: load it"),
+        ("quantized", "a LoRA needs plain weights, and this base is quantized: load it"),
+        ("divided", "a LoRA needs a whole base, and this one is divided (--shard, --offload)\n"),
+    ],
+)
+def test_commands_refuse_a_base_for_a_lora_before_they_read_its_weights(
+    tmp_path, capsys, monkeypatch, command, cause, message
+):
+    base, lora, rows = [str(tmp_path / name) for name in ("base", "lora", "rows.jsonl")]
+    make("llama-gqa", **WIDE["llama-gqa"]).save_pretrained(base)
+    add_lora(model := minia3.load_model(base))
+    save_lora(model, lora)
+    (tmp_path / "rows.jsonl").write_text('{"input": "a", "target": "b"}\n')
+    words = [command, base, rows, "--adapter", lora]
+    if cause == "stored in nf4":
+        write_quantized("llama-gqa", tmp_path / "base", double_quant=False)
+    elif cause == "quantized":
+        words += ["--quantize", "int8"]
+    else:
+        monkeypatch.setattr("minia3.training.shards.make_shards", lambda *_: "some processes")
+    monkeypatch.setattr("minia3.checkpoints.load.load_model", lambda *_, **options: 0 / 0)
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_full_fine_tuning_needs_plain_weights_and_the_message_says_how_to_get_them(tmp_path):
     write_quantized("llama-gqa", tmp_path, double_quant=False)
     model = minia3.load_model(tmp_path)
