@@ -108,6 +108,17 @@ def find_adapter(name_or_path):
     name_or_path: a folder, a file or a hub id (`user/name`). Raise ValueError if it leads nowhere
         or the download fails.
     """
+    path = local_adapter(name_or_path)
+    if path is not None:
+        return path
+    return fetch(str(name_or_path), "adapter_config.json", ("task.json",), ADAPTER_FILES)
+
+
+def local_adapter(name_or_path):
+    """Return the Path of an adapter's folder or file on this machine, or None for a hub id.
+
+    Raise ValueError if the name is neither.
+    """
     check_is_name(name_or_path, "an adapter")
     path = Path(expand_home(name_or_path))
     if path.is_dir():
@@ -122,7 +133,7 @@ def find_adapter(name_or_path):
     if not HUB_ID.fullmatch(str(name_or_path)):
         expected = "the folder or file of an adapter, or a hub id (user/name)"
         raise ValueError(f"{path}: not found; expected {expected}")
-    return fetch(str(name_or_path), "adapter_config.json", ("task.json",), ADAPTER_FILES)
+    return None
 
 
 def check_is_name(name, kind):

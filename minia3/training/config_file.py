@@ -17,7 +17,10 @@ from minia3.training.config import ADVICE, Config
 from minia3.training.flags import join_parts, option, read_text
 
 # What config.json holds besides flags, and flags that belong to one run only.
-NOT_FLAGS = ("minia3", "git_commit", "versions", "continued_with", "data", "weights")
+NOT_FLAGS = (
+    *("minia3", "git_commit", "versions", "continued_with"),
+    *("data", "weights", "adapter_files"),
+)
 OF_ONE_RUN = ("out", "resume", "config")
 # Flags of one value, a text whose parts may be a list in a file
 TEXTS_OF_PARTS = ("labels", "losses", "sites", "layers", "where", "eval_prompt", "log_to")

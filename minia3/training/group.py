@@ -292,8 +292,7 @@ class Group:
 def download(config, run):
     """Download the files of --model and --adapter, if they are needed and not on this machine."""
     find(config.model)
-    has_vectors = config.method == "ia3" and run.saved_names  # see `trainable_parameters`
-    if config.adapter is not None and not has_vectors:
+    if run.reads_adapter(config):
         find_adapter(config.adapter)
 
 

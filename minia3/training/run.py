@@ -13,6 +13,7 @@ from minia3.files.lock import is_lock_of, lock_folder
 from minia3.files.processes import (
     PeerGone,
     computing_together,
+    first_goes_first,
     from_first,
     has_first_word,
     is_first,
@@ -38,11 +39,14 @@ from minia3.training.metrics_file import Metrics, read_metrics
 from minia3.training.outcomes import outcomes_of
 from minia3.training.replicas import state_from_first
 from minia3.training.run_folder import (
+    FoundFiles,
     begin_default_run,
     begin_run,
     check_data,
+    check_same_adapter,
     check_same_files,
     check_same_weights,
+    checksums_of_adapter,
     checksums_of_run,
     clean_run,
     digest_weights,
@@ -176,29 +180,44 @@ class Run:
     def is_finished(self):
         return self.saved.is_finished
 
+    def reads_adapter(self, config):
+        """Return whether --adapter is read. It is not if a checkpoint has the values of all vectors
+        (see `trainable_parameters`).
+        """
+        has_vectors = config.method == "ia3" and len(self.saved_names) > 0
+        return config.adapter is not None and not has_vectors
+
+    def find_files(self, cells, config):
+        """Return the FoundFiles of this run. Raise ValueError if one cannot be read."""
+        adapter_files = None
+        if self.reads_adapter(config):
+            with first_goes_first():  # because a process may have to finish what a kill left
+                adapter_files = checksums_of_adapter(config)
+        return FoundFiles(checksums_of_run(cells, config), digest_weights(config), adapter_files)
+
     def start_writing(self, cells, config):
-        """Check that no data, chat template or weights have changed, and begin to write.
+        """Check that no data, chat template, weights or adapter have changed, and begin to write.
 
         Raise ValueError if one has changed, or differs on another machine of this run. Until this
         call, a resumed run changes no file, except that it removes temporary files of a killed one.
         """
-        checksums = checksums_of_run(cells, config)
-        weights = digest_weights(config)
-        check_same_files(checksums, weights, config)
+        files = self.find_files(cells, config)
+        check_same_files(files, config)
         if self.written_folder:
-            check_data(self.folder, checksums)
-            check_same_weights(self.folder, weights, config)
+            check_data(self.folder, files.data)
+            check_same_weights(self.folder, files.weights, config)
+            check_same_adapter(self.folder, files.adapter_files, config)
             if not (self.folder / "checkpoint.pt").exists():
                 announce_start_over(self.folder)
                 forget_states(self.folder)
             # A signal waits, because `continuation` names flags until config.json has them.
             with self.uninterrupted():
-                self.record_start(checksums, weights, config)
+                self.record_start(files, config)
         self.unrecorded = {}
         self.metrics.cut()
         self.trackers = start_trackers(config, self.written_folder)
 
-    def record_start(self, checksums, weights, config):
+    def record_start(self, files, config):
         """Change the files of a run that is extended, and write the flags into config.json.
 
         The checkpoint comes first, because it is large: if the disk is full, the run keeps its
@@ -210,7 +229,7 @@ class Run:
             self.metrics.reopen()
             self.write_checkpoint(self.saved.group)
             self.metrics.cut()
-        changes = record_run(self.folder, checksums, weights, config)
+        changes = record_run(self.folder, files, config)
         announce_code(changes)
         self.unrecorded = {}
 

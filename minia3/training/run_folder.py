@@ -1,6 +1,6 @@
 """The folder of a run: its name, and its config.json.
 
-config.json      all flags, versions, and checksums of the data, --chat-template and weights
+config.json      all flags, versions, and checksums of data, --chat-template, weights and --adapter
 metrics.jsonl    a line per event: before, train, eval, final, failed; see metrics_file.py
 checkpoint.pt    see checkpoint.py, also for states/
 adapter/         the result; for a grid adapters/<cell>/, for full fine-tuning model/
@@ -18,14 +18,15 @@ import subprocess
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from minia3 import __version__
 from minia3.checkpoints.layout import local_weights
 from minia3.files.lock import SECONDS_BETWEEN_TRIES, FolderLocked, lock_folder, remove_lock
 from minia3.files.processes import gathered
-from minia3.files.read import read_json, sample_digest, sha256
+from minia3.files.read import read_json, reading, sample_digest, sha256
 from minia3.files.write import remove_leftovers, write_json
-from minia3.tasks.split_files import short_name
+from minia3.tasks.split_files import TASK_FILE, short_name
 from minia3.training.choices import CHAT_TEMPLATE
 from minia3.training.config import Config
 from minia3.training.config_file import recorded_flags
@@ -47,6 +48,14 @@ BEGINNING = 10.0  # seconds within which a run that holds its folder has written
 
 class RunExists(ValueError):
     """The folder of a new run holds a run already."""
+
+
+class FoundFiles(NamedTuple):
+    """The checksums of the files that a run has found, under their names in config.json."""
+
+    data: dict  # from `checksums_of_run`
+    weights: str | None  # from `digest_weights`
+    adapter_files: dict | None  # from `checksums_of_adapter`; None: no adapter is read
 
 
 def choose_folder(config):
@@ -320,6 +329,33 @@ def digest_weights(config):
     return sample_digest(paths)
 
 
+def checksums_of_adapter(config):
+    """Return the checksums of the files of --adapter: name to sha256.
+
+    Its config has the scale of a LoRA, and its task.json may say how rows are put into words. There
+    are none for an adapter of the hub, which has no path on this machine. Raise ValueError if there
+    is no such adapter.
+    """
+    # Here, because flags must be restored without torch.
+    from minia3.adapters.peft_files import adapter_file
+    from minia3.checkpoints.hub import local_adapter
+
+    path = local_adapter(config.adapter)
+    if path is None:
+        return {}
+    if path.is_dir():
+        paths = [path / "adapter_config.json", adapter_file(path), path / TASK_FILE]
+        files = {file.name: file for file in paths}
+    else:  # its name does not count, because a file may be moved
+        files = {"--adapter": path, TASK_FILE: path.parent / TASK_FILE}
+    checksums = {}
+    for name, file in files.items():
+        if file.exists():
+            with reading(file):
+                checksums[name] = sha256(file)
+    return checksums
+
+
 def check_same_weights(folder, digest, config):
     """Raise ValueError if config.json has another digest of the weights than a resumed run finds.
 
@@ -330,6 +366,23 @@ def check_same_weights(folder, digest, config):
         raise ValueError(
             f"{folder}: the weights of {config.model} have changed since this run began: "
             "restore them, or begin a new run"
+        )
+
+
+def check_same_adapter(folder, checksums, config):
+    """Raise ValueError if config.json has other checksums of --adapter than a resumed run finds.
+
+    checksums: None if the run does not read the adapter again. Then nothing is compared, nor if an
+    earlier version wrote config.json, which does not say.
+    """
+    if checksums is None:
+        return
+    recorded = read_run_config(folder).get("adapter_files", checksums)
+    changed = different_names(recorded, checksums)
+    if changed:
+        raise ValueError(
+            f"{folder}: the adapter {config.adapter} has changed since this run began "
+            f"({', '.join(changed)}): restore it, or begin a new run"
         )
 
 
@@ -350,17 +403,17 @@ def different_names(recorded, checksums):
     return [name for name in names if recorded.get(name) != checksums.get(name)]
 
 
-def check_same_files(checksums, weights, config):
+def check_same_files(files, config):
     """Raise ValueError if another process of this run has other data, or another local model.
 
     It is on another machine then. All processes must call this, and all of them raise it.
-    checksums: from `checksums_of_run`. weights: from `digest_weights`.
+    files: the FoundFiles of this process.
     """
-    found = gathered((checksums, weights))
-    first_checksums, first_weights = found[0]
-    for number, (found_checksums, found_weights) in enumerate(found):
-        names = different_names(first_checksums, found_checksums)
-        if found_weights != first_weights:
+    found = gathered(files)
+    first = found[0]
+    for number, other in enumerate(found):
+        names = different_names(first.data, other.data)
+        if other.weights != first.weights:
             names.append(f"the weights of {config.model}")
         if names:
             listed = f"{', '.join(names):.200}"
@@ -370,13 +423,17 @@ def check_same_files(checksums, weights, config):
             )
 
 
-def record_run(folder, checksums, weights, config):
-    """Add to config.json the checksums of the data, the digest of the weights, how long the run is
-    (see --epochs), where it continues, and with which other code. Return `code_changes`.
+def record_run(folder, files, config):
+    """Add to config.json the checksums of the files, how long the run is (see --epochs), where it
+    continues, and with which other code. Return `code_changes`.
+
+    files: a FoundFiles. If the adapter is not read again, its checksums in config.json stay.
     """
     names = ("steps", "epochs", *MAY_DIFFER)
     flags = {name: getattr(config, name) for name in names}
-    found = {"data": checksums, "weights": weights}
+    found = files._asdict()
+    if files.adapter_files is None:
+        del found["adapter_files"]
     recorded = read_run_config(folder)
     changes = {}
     if knows_steps(recorded):  # it has begun before

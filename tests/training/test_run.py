@@ -707,26 +707,83 @@ def test_a_resumed_run_does_not_need_the_vectors_that_it_began_with(is_replaced,
     assert run(words(whole, **flags)) == 0
     with break_off(at_step=6), pytest.raises(Killed):
         run(words(out, **flags))
+    recorded = json.loads((out / "config.json").read_text())["adapter_files"]
+    files = ("adapter_config.json", "adapter_model.safetensors", "task.json")
+    assert tuple(recorded) == files
     shutil.rmtree(begun)
     if is_replaced:
         shutil.copytree(other, begun)
     assert resume(out) == 0
     assert outcome(out) == outcome(whole)
+    assert json.loads((out / "config.json").read_text())["adapter_files"] == recorded
 
 
 def test_a_resumed_run_whose_lora_is_gone_or_replaced_says_so(tmp_path, capsys):
-    begun, other, out = (tmp_path / name for name in ("begun", "other", "run"))
+    begun, other, whole, out = (tmp_path / name for name in ("begun", "other", "whole", "run"))
     assert run(words(begun, method="lora", rank=2, steps=1)) == 0
     assert run(words(other, method="lora", rank=3, steps=1)) == 0
-    flags = {"method": "lora", "adapter": begun / "adapter", "steps": 8, "save_every": 4}
+    adapter = begun / "adapter"
+    flags = {"method": "lora", "adapter": adapter, "steps": 8, "save_every": 4}
+    assert run(words(whole, **flags)) == 0
     with break_off(at_step=6), pytest.raises(Killed):
         run(words(out, **flags))
-    shutil.rmtree(begun)
     before = contents(out)
-    fails(["--resume", out], capsys, f"{begun / 'adapter'}: not found; expected the folder")
+    kept = adapter.rename(begun / "kept")
+    fails(["--resume", out], capsys, f"{adapter}: not found; expected the folder")
     assert contents(out) == before
-    shutil.copytree(other, begun)
-    fails(["--resume", out], capsys, f"other parameters than --adapter {begun / 'adapter'}, which")
+
+    shutil.copytree(kept, adapter)
+    lora_config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(lora_config | {"lora_alpha": 32}))
+    found = f"{out}: the adapter {adapter} has changed since this run began (adapter_config.json)"
+    fails(["--resume", out], capsys, f"{found}: restore it, or begin a new run")
+    assert contents(out) == before
+
+    # A run of an earlier version does not say which adapter it began with.
+    recorded = json.loads((out / "config.json").read_text())
+    earlier = json.dumps({name: recorded[name] for name in recorded if name != "adapter_files"})
+    (out / "config.json").write_text(earlier)
+    shutil.rmtree(adapter)
+    shutil.copytree(other / "adapter", adapter)
+    fails(["--resume", out], capsys, f"other parameters than --adapter {adapter}, which")
+    (out / "config.json").write_text(earlier)
+    shutil.rmtree(adapter)
+    shutil.copytree(kept, adapter)
+    assert resume(out) == 0
+    assert json.loads((out / "config.json").read_text()) == recorded
+    assert outcome(out) == outcome(whole)
+
+
+def test_an_evaluation_is_not_resumed_with_other_vectors(tmp_path, monkeypatch, capsys):
+    begun, other, whole, out = (tmp_path / name for name in ("begun", "other", "whole", "run"))
+    assert run(words(begun, lr=0.1, steps=2)) == 0
+    assert run(words(other, lr=0.2, steps=2)) == 0
+    made = running.rows(40)
+    one = running.write(tmp_path / "one", train=made[:10], test=made[10:20])
+    two = running.write(tmp_path / "two", train=made[20:30], test=made[30:])
+    adapter = begun / "adapter"
+    flags = {"task": f"{one},{two}", "adapter": adapter}
+    assert run(words(whole, "--eval-only", **flags)) == 0
+
+    def evaluate(group, cell, assignment, *arguments):
+        if assignment.task.name == "two":
+            kill_self(signal.SIGTERM)
+        return original(group, cell, assignment, *arguments)
+
+    original = Group.evaluate
+    with monkeypatch.context() as patch:
+        patch.setattr(Group, "evaluate", evaluate)
+        assert run(words(out, "--eval-only", **flags)) == 143
+    before = contents(out)
+    kept = adapter.rename(begun / "kept")
+    shutil.copytree(other / "adapter", adapter)
+    found = f"the adapter {adapter} has changed since this run began (adapter_model.safetensors): "
+    fails(["--resume", out], capsys, found)
+    assert contents(out) == before
+    shutil.rmtree(adapter)
+    shutil.copytree(kept, adapter)
+    assert resume(out) == 0
+    assert outcome(out) == outcome(whole)
 
 
 @pytest.mark.slow

@@ -559,6 +559,31 @@ def test_a_run_of_an_earlier_version_that_did_not_record_its_weights_is_resumed(
     assert json.loads((out / "config.json").read_text())["weights"] == digest
 
 
+def test_an_adapter_in_a_file_may_be_renamed_and_not_replaced(tmp_path, capsys):
+    adapter = tmp_path / "first.safetensors"
+    out = tmp_path / "run"
+    assert run(words(tmp_path / "begun", steps=1)) == 0
+    shutil.copy(tmp_path / "begun" / "adapter" / "adapter_model.safetensors", adapter)
+    assert run(words(out, "--eval-only", adapter=adapter)) == 0
+    recorded = read_run_config(out)
+    digest = hashlib.sha256(adapter.read_bytes()).hexdigest()
+    assert recorded["adapter_files"] == {"--adapter": digest}
+
+    def resume_with(**changes):
+        (out / "checkpoint.pt").unlink(missing_ok=True)  # as one that was killed before its first
+        (out / "config.json").write_text(json.dumps(recorded | changes))
+        return ["--resume", out]
+
+    moved = adapter.rename(tmp_path / "moved.safetensors")
+    assert run(resume_with(adapter=str(moved))) == 0
+    found = f"the adapter {moved} has changed since this run began (--adapter)"
+    # Without checksums, it was one of the hub: a file may have its name now.
+    fails(resume_with(adapter=str(moved), adapter_files={}), capsys, found)
+    assert run(words(tmp_path / "other", steps=2)) == 0
+    shutil.copy(tmp_path / "other" / "adapter" / "adapter_model.safetensors", moved)
+    fails(resume_with(adapter=str(moved)), capsys, found)
+
+
 def test_a_run_whose_checkpoint_has_all_weights_does_not_record_those_of_its_model(tmp_path):
     """Its result may replace its model, and it can still be made longer."""
     model = tmp_path / "model"

@@ -477,10 +477,12 @@ def test_a_mistake_before_the_first_evaluation_leaves_no_files_of_tensorboard(
 
     monkeypatch.setitem(trackers.TRACKERS, "tensorboard", Writer)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    flags = words(tmp_path / "run", log_to="tensorboard", adapter=tmp_path / "nowhere")
+    damaged = tmp_path / "vectors.safetensors"
+    damaged.touch()
+    flags = words(tmp_path / "run", log_to="tensorboard", adapter=damaged)
     for _ in range(2):  # the second time, the folder is not in the way
-        fails(flags, capsys, "nowhere")
-        assert list(tmp_path.iterdir()) == []
+        fails(flags, capsys, damaged.name)
+        assert list(tmp_path.iterdir()) == [damaged]
 
 
 class Service:
@@ -542,8 +544,9 @@ def test_services_hear_how_a_run_has_ended(tmp_path, capsys, monkeypatch):
         assert run(words(out, log_to="wandb,mlflow")) == 130
     assert resume(out) == 0
     fails(words(tmp_path / "nan", lr=1e30, log_to="wandb,mlflow"), capsys, "lower --lr", code=1)
-    absent = words(tmp_path / "x", log_to="wandb,mlflow", adapter=tmp_path / "nowhere")
-    fails(absent, capsys, "nowhere")
+    damaged = tmp_path / "vectors.safetensors"
+    damaged.touch()
+    fails(words(tmp_path / "x", log_to="wandb,mlflow", adapter=damaged), capsys, damaged.name)
     grid = words(tmp_path / "grid", lr="1e-12,1e30", warmup_ratio=0, log_to="wandb,mlflow")
     fails(grid, capsys, "1 of 2 adapters failed", "lr1e+30; the others have", code=1)
     assert service.exit_codes == [255, 0, 1, 1, 1]
