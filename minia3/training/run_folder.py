@@ -404,9 +404,10 @@ def different_names(recorded, checksums):
 
 
 def check_same_files(files, config):
-    """Raise ValueError if another process of this run has other data, or another local model.
+    """Raise ValueError if another process of this run has other data, or another model or adapter.
 
-    It is on another machine then. All processes must call this, and all of them raise it.
+    It is on another machine then, and the model or the adapter is a path. All processes must call
+    this, and all of them raise it.
     files: the FoundFiles of this process.
     """
     found = gathered(files)
@@ -415,6 +416,8 @@ def check_same_files(files, config):
         names = different_names(first.data, other.data)
         if other.weights != first.weights:
             names.append(f"the weights of {config.model}")
+        if other.adapter_files != first.adapter_files:
+            names.append(f"the adapter {config.adapter}")
         if names:
             listed = f"{', '.join(names):.200}"
             raise ValueError(

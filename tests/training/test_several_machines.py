@@ -12,6 +12,7 @@ import several
 from ports import reserved_port
 from ranks import on_ranks
 
+import minia3
 from minia3.files import processes
 
 pytestmark = pytest.mark.slow
@@ -82,20 +83,31 @@ def run_in_own_folder(folder, words):
         return running.run(words), errors.getvalue()
 
 
-@pytest.mark.parametrize("differs", ["data", "model"])
+def save_vectors(value, folder):
+    model = minia3.load_model(running.model("t5"))
+    for vector in minia3.vectors(model).values():
+        vector.data.fill_(value)
+    minia3.save_adapter(model, folder)
+
+
+@pytest.mark.parametrize("differs", ["data", "model", "adapter"])
 def test_machines_with_different_files_are_refused(differs, tmp_path):
     for number in ("0", "1"):
         shutil.copytree(running.task(), tmp_path / number / "task")
         shutil.copytree(running.model("t5"), tmp_path / number / "model")
+        save_vectors(1.5, tmp_path / number / "adapter")
     if differs == "data":
         with open(tmp_path / "1" / "task" / "validation.jsonl", "a") as file:
             file.write("\n")
         names = "validation.jsonl"
+    elif differs == "adapter":
+        save_vectors(0.5, tmp_path / "1" / "adapter")
+        names = "the adapter adapter"
     else:
         other = running.model("t5", seed=1) / "model.safetensors"
         shutil.copy(other, tmp_path / "1" / "model")
         names = "the weights of model"
-    words = running.words("run", model="model", task="task")
+    words = running.words("run", model="model", task="task", adapter="adapter")
     outcomes = on_ranks(2, run_in_own_folder, tmp_path, words)
     assert [code for code, _ in outcomes] == [2, 2]
     assert "".join(err for _, err in outcomes) == (
