@@ -36,6 +36,13 @@ class Rendering(NamedTuple):
         except ValueError:
             return False
 
+    def writes_content(self, i, text):
+        """Return whether the content of message i is in the text that this makes.
+
+        Its words may stand elsewhere, too, so other words must make another text.
+        """
+        return not all(self.with_message(i, content=probe).is_same(text) for probe in PROBES)
+
     def with_message(self, i, **changed):
         """Return a rendering that has other values in message i."""
         messages = list(self.messages)
@@ -68,21 +75,21 @@ def check_message(rendering, i, text):
     """Raise ValueError if the template does not write the content of message i."""
     message = rendering.messages[i]
     content = message.get("content")
-    if not isinstance(content, str) or content.strip() in text:
+    is_empty = not isinstance(content, str) or not content.strip()
+    if is_empty or rendering.writes_content(i, text):
         return
-    if all(rendering.with_message(i, content=probe).is_same(text) for probe in PROBES):
-        if rendering.ends_with_prompt and is_read_before_tools(rendering, i):
-            warnings.warn(
-                f"the chat template does not write the {message['role']} message after the result "
-                "of a tool, so the model does not read it: put it into the user's message",
-                stacklevel=2,
-            )
-            return
-        raise ValueError(
-            f"message {i} (role {message['role']!r:.40}) is not in the text that the template "
-            "writes: give it a role that the template writes, or give another template "
-            "(--chat-template FILE)"
+    if rendering.ends_with_prompt and is_read_before_tools(rendering, i):
+        warnings.warn(
+            f"the chat template does not write the {message['role']} message after the result "
+            "of a tool, so the model does not read it: put it into the user's message",
+            stacklevel=2,
         )
+        return
+    raise ValueError(
+        f"message {i} (role {message['role']!r:.40}) is not in the text that the template "
+        "writes: give it a role that the template writes, or give another template "
+        "(--chat-template FILE)"
+    )
 
 
 def is_read_before_tools(rendering, i):
@@ -96,7 +103,7 @@ def is_read_before_tools(rendering, i):
         return False
     last_question = len(roles) - 1 - roles[::-1].index("user")
     earlier = rendering._replace(messages=rendering.messages[: last_question + 1])
-    return rendering.messages[i]["content"].strip() in render_chat(*earlier).text
+    return earlier.writes_content(i, render_chat(*earlier).text)
 
 
 def check_calls(rendering, i, text):

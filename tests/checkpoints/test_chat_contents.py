@@ -56,6 +56,22 @@ def test_a_message_of_a_role_that_the_template_does_not_know_is_refused(name, ro
 
 
 @pytest.mark.parametrize("role", ["developer", "function", "observation"])
+@pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "zephyr"])
+def test_such_a_message_is_refused_although_its_words_stand_elsewhere(name, role):
+    messages, place = with_role(role)
+    messages[1]["content"] += f" {messages[place]['content'].strip()}"
+    for problem in problems(TEMPLATES[name], messages):
+        assert f"message {place} (role '{role}') is not in the text that the template" in problem
+
+
+@pytest.mark.parametrize("role", ["developer", "observation"])
+def test_a_message_without_words_may_be_left_out(role):
+    messages, place = with_role(role)
+    messages[place]["content"] = " \n"
+    check(QWEN25, messages)
+
+
+@pytest.mark.parametrize("role", ["developer", "function", "observation"])
 @pytest.mark.parametrize("name", ["chatml", "smollm2", "llama3"])
 def test_a_template_that_writes_every_role_is_used_with_any(name, role):
     messages, _ = with_role(role)
@@ -131,7 +147,8 @@ def test_words_beside_a_call_need_not_be_in_the_text():
     check(calls_alone, calling("I look.", CALL))
 
 
-def test_a_warning_says_that_a_message_is_not_read_after_the_result_of_a_tool():
+@pytest.mark.parametrize("words", ["Be brief.", "Weather?"])  # the user asks the second, too
+def test_a_warning_says_that_a_message_is_not_read_after_the_result_of_a_tool(words):
     """Mistral's template writes the system message into the last message, if it is the user's."""
     calls_tools = MISTRAL_V3.replace(
         '{%- elif message["role"] == "assistant" %}',
@@ -139,10 +156,10 @@ def test_a_warning_says_that_a_message_is_not_read_after_the_result_of_a_tool():
         '{%- elif message["tool_calls"] is defined %}{{ message["tool_calls"] | tojson }}'
         '{%- elif message["role"] == "assistant" %}',
     )
-    question = [*chat("Be brief.", "Weather?"), *calling("", CALL)[1:3]]
+    question = [*chat(words, "Weather?"), *calling("", CALL)[1:3]]
     question[0]["role"], question[1]["role"] = "system", "user"
     text, _ = render_chat(calls_tools, question, SETTINGS)
-    assert "Be brief." not in text
+    assert f"{words}\n\n" not in text
     with pytest.warns(UserWarning, match="does not write the system message after the result"):
         check_contents(text, calls_tools, question, SETTINGS)
     without_system = calls_tools.replace('system_message + "', '"')
