@@ -26,11 +26,14 @@ from minia3.files.program import forget_interrupt, was_interrupted
 from minia3.files.read import reading
 from minia3.files.streams import is_terminal
 from minia3.inference.options import Options
+from minia3.tasks.json_rows import parse_json
+from minia3.tasks.messages import fit_question
 from minia3.tasks.text_lines import decode
 
 TITLE = "Continue a text, answer a prompt, or chat"
 EXAMPLE = "minia3 generate tiny-t5 'anna has a red ball . same colour ?'"
 
+BEGINS_ROW = re.compile(r'\s*\{\s*"(messages|conversations)"\s*:')
 COMMAND = re.compile(r"/[a-z]+")  # what is typed to the program and not to the model
 HELP = """\
 /reset   forget what was said so far
@@ -126,7 +129,8 @@ def add_chat_options(parser):
     parser.add_argument(
         "--chat",
         action="store_true",
-        help="put prompts into the chat template of the model, as messages",
+        help="put prompts into the chat template of the model, as messages; a prompt that is JSON "
+        "with `messages` is a conversation",
     )
     parser.add_argument(
         "--chat-template",
@@ -154,7 +158,8 @@ def run(args):
         prepare_chat(model, tokenizer, args)
     generator = Generator(model, tokenizer, args)
     if args.prompts:
-        generator.answer_all(args.prompts)
+        numbered = [(f"prompt {i}", text) for i, text in enumerate(args.prompts)]
+        generator.answer_all(numbered)
     elif from_first(is_terminal(sys.stdin)):
         if n_processes() > 1:
             raise ValueError("a conversation takes one process: give prompts, or pipe them")
@@ -200,16 +205,18 @@ def options_of(args):
 
 
 def prompts_of(file):
-    """Yield the lines of a binary file as text, without their ends. Blank lines are skipped.
+    """Yield (what names a line in a message, text) for the lines of a binary file, without their
+    ends. Blank lines are skipped.
 
     The text is UTF-8 whatever the locale is. A byte order mark and Windows line ends are ignored,
     as in a file of rows. Raise ValueError if a line is not UTF-8.
     """
     for number, line in enumerate(file, start=1):
-        with reading(f"standard input, line {number}"):
+        origin = f"standard input, line {number}"
+        with reading(origin):
             text = decode(line, is_first=number == 1)
         if text.strip():
-            yield text.removesuffix("\n").removesuffix("\r")
+            yield origin, text.removesuffix("\n").removesuffix("\r")
 
 
 def prepare_chat(model, tokenizer, args):
@@ -238,6 +245,30 @@ def trained_template(args):
     return None
 
 
+def read_conversation(text):
+    """Return the row with messages that a text of JSON spells, as `predict` reads it, or None.
+
+    Any other text, and also any other JSON, is a message of the user. Raise ValueError if the
+    messages are not a conversation, or if a text begins like such a row and is not JSON.
+    """
+    from minia3.tasks.column_flags import ColumnFlags
+    from minia3.tasks.rows import PREDICTED, normalize_row
+    from minia3.tasks.understanding import guess_task
+
+    try:
+        row = parse_json(text)
+    except ValueError:
+        if BEGINS_ROW.match(text):  # it is cut short, or an item of a list with a comma after it
+            raise
+        return None
+    if not isinstance(row, dict):
+        return None
+    spec = guess_task(row, ColumnFlags())
+    if not spec.messages:
+        return None
+    return normalize_row(row, spec, PREDICTED, number=0)
+
+
 class Generator:
     """Answers prompts as the arguments say, and prints the answers."""
 
@@ -250,12 +281,32 @@ class Generator:
         self.options = options_of(args)
 
     def answer_all(self, texts):
-        """Answer texts, a batch at a time."""
+        """Answer texts, a batch at a time. texts: pairs (what names a text in a message, text)."""
         if not is_first():
             texts = ()
         remaining = iter(texts)
         while batch := from_first(list(islice(remaining, self.args.batch_size))):
-            self.answer(batch)
+            prompts = [self.encode(origin, text) for origin, text in batch]
+            self.answer([text for _, text in batch], prompts)
+
+    def encode(self, origin, text):
+        """Return the prompt for a text: the text itself, or the ids of a chat.
+
+        origin: what names the text in a message.
+        """
+        if self.args.chat:
+            with reading(origin):
+                row = read_conversation(text)
+                if row is not None:
+                    ids, _ = fit_question(row, self.tokenizer, math.inf)
+                    return ids
+        return self.encode_message(text)
+
+    def encode_message(self, text, messages=()):
+        """Return the prompt for a message of the user. messages: what was said before it."""
+        if not self.args.chat:
+            return text
+        return self.tokenizer.chat([*messages, {"role": "user", "content": text}])
 
     def converse(self):
         """Answer what is typed on a terminal, until Ctrl-D. A chat remembers what was said."""
@@ -283,7 +334,7 @@ class Generator:
         """
         forget_interrupt()
         try:
-            output = self.answer([text], messages)
+            output = self.answer([text], [self.encode_message(text, messages)])
         except (KeyboardInterrupt, Exception) as reason:
             if isinstance(reason, KeyboardInterrupt) or was_interrupted():
                 reason = "stopped"
@@ -294,16 +345,8 @@ class Generator:
         messages.append({"role": "user", "content": text})
         messages.append({"role": "assistant", "content": output})
 
-    def answer(self, texts, messages=()):
-        """Print the answers to some texts, and return the first one.
-
-        messages: what was said before; a chat template puts it before each text.
-        """
-        prompts = texts
-        if self.args.chat:
-            prompts = []
-            for text in texts:
-                prompts.append(self.tokenizer.chat([*messages, {"role": "user", "content": text}]))
+    def answer(self, texts, prompts):
+        """Print the answers to some texts, and return the first one. prompts: of the texts."""
         # With --seed, what is drawn depends on the prompt's place among all prompts.
         options = Options(**self.options, first_prompt=self.n_prompts)
         self.n_prompts += len(texts)

@@ -17,7 +17,7 @@ from functools import partial
 import pytest
 import running
 import torch
-from command_line import failure, output, python, read_until
+from command_line import answered, failure, output, python, read_until
 from conftest import randomize
 
 import minia3
@@ -330,6 +330,75 @@ def test_chat_wraps_a_prompt_and_a_conversation_keeps_its_messages(capsys, monke
         *expected(["w4 w60"], **options),
     ]
     assert second != third
+
+
+def said(*turns):
+    """Return messages of the user and of the assistant, in turns."""
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
+
+
+# The last one is a message of the user, although it is JSON.
+ROWS_OF_MESSAGES = [
+    {"messages": said("w3", "w4", "w5 w6")},
+    {"messages": said("w7", "w8"), "idx": 5},  # the answer is left out
+    {"conversations": [{"from": "human", "value": "w9"}], "system": "w10 w11"},
+    {"text": "w12"},
+]
+
+
+def test_a_row_of_messages_is_a_conversation_as_in_predict(capsys, monkeypatch, tmp_path):
+    """It was put into the template as a message that the user says, with its braces."""
+    tokenizer = minia3.load_tokenizer(running.model("llama"))
+    tokenizer.chat_template = WORDS
+    minia3.save_model(minia3.load_model(running.model("llama")), tmp_path / "model", tokenizer)
+    lines = [json.dumps(row) for row in ROWS_OF_MESSAGES]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines[:-1]))
+    flags = ["--max-new-tokens", "3"]
+    words = ["predict", tmp_path / "model", tmp_path / "rows.jsonl", *flags]
+    predicted = [json.loads(line)["output"] for line in answered(capsys, *words).splitlines()]
+    chats = ["w3 w60 w4 w59 w5 w6 w60", "w7 w60", "w10 w11 w60 w9 w60", f"{lines[-1]} w60"]
+    texts = expected(chats, name="llama", max_new_tokens=3, stop=["w59"])
+    assert texts[:-1] == predicted
+    words = ["generate", tmp_path / "model", "--chat", "--json", *flags]
+    answers = [{"prompt": line, "output": text} for line, text in zip(lines, texts, strict=True)]
+    pipe("\n".join(lines).encode(), monkeypatch)
+    assert [json.loads(line) for line in output(capsys, *words).splitlines()] == answers
+    assert [json.loads(line) for line in output(capsys, *words, *lines).splitlines()] == answers
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"messages": [{"role": "user"}]}', "the content of message 0 is None, expected a text"),
+        ('{"messages": [{"role": "us', "not JSON: Unterminated string"),
+        ('{"conversations": [{"from": "human", "value": "w3"}]},', "not JSON: Extra data"),
+        (json.dumps({"messages": said("bad")}), "chat_template: No."),
+    ],
+)
+def test_a_row_of_messages_that_cannot_be_answered_is_named(
+    line, reason, capsys, monkeypatch, tmp_path
+):
+    template = (
+        WORDS + "{% if 'bad' in messages[-1].content %}{{ raise_exception('No.') }}{% endif %}"
+    )
+    (tmp_path / "words.jinja").write_text(template)
+    flags = ["--chat", "--chat-template", tmp_path / "words.jinja"]
+    words = ["generate", running.model("llama"), *flags]
+    pipe(f"w3\n\n{line}\n".encode(), monkeypatch)
+    message = failure(capsys, *words)
+    assert message.startswith(f"minia3: standard input, line 3: {reason}")
+    assert failure(capsys, *words, "w3", line).startswith(f"minia3: prompt 1: {reason}")
+
+
+@pytest.mark.parametrize("text", ['{ w3 "messages": w4 }', "5", '[{"messages": "w3"}]'])
+def test_a_prompt_that_is_no_row_of_messages_is_a_message(text, capsys, tmp_path):
+    (tmp_path / "words.jinja").write_text(WORDS)
+    flags = ["--chat", "--chat-template", tmp_path / "words.jinja", "--max-new-tokens", "3"]
+    out = output(capsys, "generate", running.model("llama"), *flags, text)
+    assert out.splitlines() == expected(
+        [f"{text} w60"], name="llama", max_new_tokens=3, stop=["w59"]
+    )
 
 
 def test_without_chat_each_line_that_is_typed_stands_alone(capsys, monkeypatch):
