@@ -313,6 +313,7 @@ class Generator:
         with suppress(ImportError):  # Windows has no readline
             import readline  # noqa: F401 (arrow keys then edit what is typed)
         self.is_conversation = True
+        self.options["batch_size"] = 1  # --compile would fill a batch up
         subject = "a conversation" if self.args.chat else "every line is a new prompt"
         notice(f"({subject}; /help shows the commands, Ctrl-D leaves)")
         messages = []

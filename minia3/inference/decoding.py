@@ -298,7 +298,12 @@ def generate_in_batches(model, sources, decoders, end_ids, adapter, options, cut
         seed = from_first(seed)
     n_sources = max(1, options.batch_size // max(options.beams, options.samples))
     lengths = [len(source) for source in sources]
+    # A step is compiled for a number of rows, so the last batch gets that of those before it.
+    is_filled = options.compile and (options.first_prompt > 0 or len(sources) > n_sources)
     for batch, adapters in batches_by_length(lengths, adapter, n_sources, share_of_copy):
+        n_rows = len(batch) * options.samples
+        if is_filled:
+            batch, adapters = with_copies(batch, adapters, n_sources)
         source_BM, mask_BM = pad([sources[i] for i in batch])
         if mask_BM.all():
             mask_BM = None
@@ -307,7 +312,7 @@ def generate_in_batches(model, sources, decoders, end_ids, adapter, options, cut
         for i in batch:
             numbers += range(i * options.samples, (i + 1) * options.samples)
         texts = [Text(decoders[i // options.samples], options.stops) for i in numbers]
-        ended = set()
+        ended = set(range(n_rows, len(numbers)))  # those of the copies
         with decoding_modes():
             state = model.start(to_device(source_BM, device), mask_BM, adapters)
         tokens = generate_tokens(model, state, numbers, seed, ended, end_ids, options)
@@ -322,7 +327,19 @@ def generate_in_batches(model, sources, decoders, end_ids, adapter, options, cut
             raise NotFiniteError(f"prompt {options.first_prompt + index}", index) from None
         cut.update(number for row, number in enumerate(numbers) if row not in ended)
         for number, text in zip(numbers, texts, strict=True):
-            yield number, text.finish()
+            yield number, text.finish()  # that of a copy is empty
+
+
+def with_copies(batch, adapters, n_sources):
+    """Return a batch of sources and their adapters, with copies of the last source at its end.
+
+    n_sources: how many sources the batch has then. adapters: one for all, or (N,).
+    """
+    n_copies = n_sources - len(batch)
+    places = [*range(len(batch)), *[len(batch) - 1] * n_copies]
+    if adapters.dim() > 0:
+        adapters = adapters[places]
+    return [batch[i] for i in places], adapters
 
 
 def generate_tokens(model, state, numbers, seed, ended, end_ids, options):

@@ -407,6 +407,26 @@ def test_without_chat_each_line_that_is_typed_stands_alone(capsys, monkeypatch):
     assert out.splitlines() == expected(["w3", "w4"], max_new_tokens=3)
 
 
+def test_all_compiled_batches_of_a_pipe_have_the_same_number_of_rows(capsys, monkeypatch):
+    """Also the last one, a single prompt that is streamed. A conversation has one row at a time."""
+    n_rows = []
+
+    def compile_step(model, state):
+        n_rows.append(len(state.start))
+        return model.step
+
+    monkeypatch.setattr(decoding, "compile_step", compile_step)
+    prompts = [f"w{3 + i}" for i in range(5)]
+    texts = as_lines(expected(prompts, max_new_tokens=4))
+    words = ["generate", running.model("t5"), "--compile", "--max-new-tokens", "4"]
+    pipe("\n".join(prompts).encode(), monkeypatch)
+    assert output(capsys, *words, "--batch-size", "2") == texts
+    assert n_rows == [2, 2, 2]
+    Terminal(monkeypatch, *prompts)
+    assert output(capsys, *words) == texts
+    assert n_rows == [2, 2, 2] + [1] * 5
+
+
 def test_equal_messages_have_random_numbers_of_their_own(capsys, monkeypatch):
     Terminal(monkeypatch, "w3", "w3")
     words = ["--temperature", "3", "--seed", "1", "--max-new-tokens", "4"]

@@ -1,6 +1,7 @@
 """A step with static shapes writes the tokens of a plain step, and is compiled once."""
 
 import gc
+import math
 import warnings
 import weakref
 from dataclasses import replace
@@ -12,6 +13,7 @@ from words import texts, word_tokenizer
 
 import minia3
 from minia3.inference import decoding
+from minia3.inference.options import Options
 from minia3.model.adapter_rows import give_up
 from minia3.model.static_state import Room, StaticState, rounded_up, unused_rooms
 
@@ -243,6 +245,22 @@ def test_batches_share_their_shapes_and_addresses(model, tokenizer, states):
     shapes = [[x.shape for x in state.tensors_that_stay()] for state in states]
     assert shapes == shapes[:1] * 6
     assert addresses(states) == addresses(states[:1]) * 6
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3, "samples": 2}])
+def test_the_last_batch_has_the_rows_of_the_others(options, model, tokenizer, states):
+    """It was compiled again for its own number of rows."""
+    prompts = texts(9, seed=1)
+    adapters = torch.arange(9) % 3
+    found = []
+    for is_compiled in (False, True):
+        cut = set()
+        given = Options(max_new_tokens=9, batch_size=4, compile=is_compiled, **options)
+        written = decoding.generate_texts(model, tokenizer, prompts, adapters, given, cut)
+        found.append((written, cut))
+    assert found[0] == found[1]
+    n_batches = math.ceil(9 * given.samples / 4)
+    assert [len(state.start) for state in states] == [4] * n_batches
 
 
 def test_addresses_change_only_if_more_memory_is_needed(model, tokenizer, states):
