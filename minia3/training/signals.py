@@ -205,6 +205,20 @@ class Signals:
             raise
 
     @contextmanager
+    def last_words(self, say):
+        """Return a context. If Stopped ends it, call `say` with the number of the signal.
+
+        From there on, signals are ignored. A second Ctrl-C may come at once, because a program that
+        started this one may pass on what the terminal has sent to both.
+        """
+        try:
+            yield
+        except Stopped as stop:
+            self.is_leaving = True
+            say(stop.number)
+            raise
+
+    @contextmanager
     def urgent(self, leave):
         """Return a context, within `uninterrupted`, in which a second signal stops at once.
 

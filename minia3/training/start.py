@@ -101,6 +101,7 @@ def run_config(config, run_grid, program, is_program=False):
             unchanged_process(),
             announcing_warnings(),
             signals,
+            signals.last_words(lambda number: say_stopped(run, number)),
             signals.arriving(),
             computing_together(),
         ):
@@ -110,11 +111,8 @@ def run_config(config, run_grid, program, is_program=False):
             run.failed_message = from_first(run.describe_failures())
         ending = run.ending
         return run
-    except Stopped as stop:
+    except Stopped:
         ending = "stopped"
-        message = run.stop_message if run else "stopped"
-        if has_first_word(128 + stop.number):
-            print_last(message)
         raise
     except PeerGone as gone:
         if run:
@@ -131,6 +129,13 @@ def run_config(config, run_grid, program, is_program=False):
     finally:
         if run:
             run.close(ending)
+
+
+def say_stopped(run, number):
+    """Say that a signal has stopped the run, and how to continue it. run: None if there is none."""
+    message = run.stop_message if run else "stopped"
+    if has_first_word(128 + number):
+        print_last(message)
 
 
 def advice_after(error, run):

@@ -40,6 +40,7 @@ from minia3.files import processes
 from minia3.training import checkpoint as training_checkpoint
 from minia3.training import group as training_group
 from minia3.training import run as training_run
+from minia3.training import start as training_start
 from minia3.training.checkpoint import save_checkpoint
 from minia3.training.config import Config
 from minia3.training.group import Group
@@ -313,6 +314,30 @@ def test_a_signal_stops_the_run_although_torch_or_python_loses_its_exception(
     steps = steps_that_begin(monkeypatch)
     continues_as_if_it_had_not_stopped("best of", out)
     assert steps == list(range(n_done, 12))
+
+
+@pytest.mark.parametrize("function", ["has_first_word", "print_last"])
+def test_a_second_ctrl_c_does_not_keep_a_stopped_run_from_saying_how_to_continue(
+    function, tmp_path, monkeypatch, capsys
+):
+    """Programs that start others may pass on a Ctrl-C that the terminal has sent to both."""
+    original = getattr(training_start, function)
+    signals = [signal.SIGINT, signal.SIGINT]
+
+    def interrupted(*args, **options):
+        if signals:
+            kill_self(signals.pop())
+        return original(*args, **options)
+
+    monkeypatch.setattr(training_start, function, interrupted)
+    monkeypatch.setattr(
+        training_group, "load_model", lambda *args, **options: kill_self(signals.pop())
+    )
+    out = tmp_path / "run"
+    capsys.readouterr()
+    assert run(recipe("best of", out)) == 130
+    assert signals == []
+    assert capsys.readouterr().err == stopped(out)
 
 
 def test_a_stopped_run_that_cannot_be_saved_says_why(tmp_path, monkeypatch, capsys):
