@@ -24,6 +24,7 @@ from minia3.cli.arguments import (
 from minia3.cli.terminal import show
 from minia3.files.home import expand_home
 from minia3.files.processes import first_goes_first, is_first, n_processes
+from minia3.files.program import ignoring_interrupts
 from minia3.files.streams import print_error
 
 TITLE = "Label the rows of a file, or continue them"
@@ -137,7 +138,8 @@ def run(args):
             n_before, has_new = write_results(Path(args.out), lines, prediction.is_csv)
         except KeyboardInterrupt:
             if os.path.isfile(args.out):
-                print_error(f"minia3: stopped; the same command continues {args.out}")
+                with ignoring_interrupts():
+                    print_error(f"minia3: stopped; the same command continues {args.out}")
             raise
         show(f"{args.out} is finished{note_on_rows(n_before, has_new)}")
 

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import contextmanager
 
 from minia3.files.processes import is_alone_or_first
 
@@ -30,9 +31,10 @@ FRAGILE = ("_frozen_importlib", "importlib._bootstrap", "argparse")  # names of 
 
 
 class CtrlC:
-    """Whether Ctrl-C has raised KeyboardInterrupt: see `was_interrupted`."""
+    """What is known of Ctrl-C."""
 
-    has_come = False
+    has_come = False  # it has raised KeyboardInterrupt: see `was_interrupted`
+    is_ignored = False  # see `ignoring_interrupts`
 
 
 def begin(program):
@@ -48,6 +50,8 @@ def begin(program):
     atexit.register(freeze_objects)
 
     def interrupt(number, frame):
+        if CtrlC.is_ignored:
+            return
         if is_fragile(frame):
             if is_alone_or_first():  # Ctrl-C reaches all processes of torchrun
                 os.write(2, f"{program}: stopped\n".encode())
@@ -109,6 +113,20 @@ def was_interrupted():
 def forget_interrupt():
     """Forget a Ctrl-C that has ended only an answer, so that later errors are reported as such."""
     CtrlC.has_come = False
+
+
+@contextmanager
+def ignoring_interrupts():
+    """Ignore Ctrl-C in the block, which says that the program was stopped by one.
+
+    A second one may come at once, because a program that started this one may pass on what the
+    terminal has sent to both. It would end this one before it has said so.
+    """
+    CtrlC.is_ignored = True
+    try:
+        yield
+    finally:
+        CtrlC.is_ignored = False
 
 
 def freeze_objects():

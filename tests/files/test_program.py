@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import contextlib
 import ctypes
 import os
 import signal
@@ -22,6 +23,7 @@ from minia3.files.program import (
     begin,
     forget_interrupt,
     freeze_objects,
+    ignoring_interrupts,
     is_fragile,
     keep_freed_memory,
     require_utf8,
@@ -73,6 +75,16 @@ def test_ctrl_c_outside_of_an_import_is_as_usual():
     assert was_interrupted()
     forget_interrupt()
     assert not was_interrupted()
+
+
+def test_ctrl_c_is_ignored_while_a_program_says_that_it_was_stopped():
+    begin("program")
+    with contextlib.suppress(ZeroDivisionError), ignoring_interrupts():
+        os.kill(os.getpid(), signal.SIGINT)
+        raise ZeroDivisionError
+    assert not was_interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.parametrize(("rank", "n_lines"), [(0, 1), (1, 0)])

@@ -22,6 +22,7 @@ from words import END
 import minia3
 from minia3.checkpoints.tokenizer import Tokenizer
 from minia3.cli.main import main
+from minia3.files.program import CtrlC
 from minia3.inference import result_file
 from minia3.inference.evaluation import evaluate
 from minia3.inference.scoring import score_examples
@@ -1155,6 +1156,27 @@ def test_ctrl_c_says_that_the_same_command_continues(tmp_path, monkeypatch, caps
     assert capsys.readouterr().err == f"minia3: stopped; the same command continues {out}\n"
     assert main([str(word) for word in words]) == 0
     assert len(out.read_text().splitlines()) == 2
+
+
+def test_a_second_ctrl_c_does_not_keep_predict_from_saying_that_it_can_continue(
+    tmp_path, monkeypatch
+):
+    rows = write(tmp_path / "rows.jsonl", running.rows(2))
+    out = tmp_path / "out.jsonl"
+    handled = []
+
+    def stop(path, file, lines):
+        raise KeyboardInterrupt
+
+    def print_error(text):
+        handled.append((text, CtrlC.is_ignored))
+
+    monkeypatch.setattr(result_file, "write_lines", stop)
+    monkeypatch.setattr("minia3.cli.predict.print_error", print_error)
+    words = ["predict", running.model("t5"), rows, "--out", out, "--device", "cpu"]
+    assert main([str(word) for word in words]) == 130
+    assert handled == [(f"minia3: stopped; the same command continues {out}", True)]
+    assert not CtrlC.is_ignored
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv"])
