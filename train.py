@@ -120,14 +120,8 @@ def run_group(run, group, config, baselines):
     """Evaluate the cells of a group, train them, evaluate them again, and save the result."""
     run.restore(group)  # a resumed run has done a part of what follows
     for cell in group.cells:
-        if cell.progress.before is not None:  # before this run was resumed
-            baselines.add(cell)
-            continue
-        is_shared = baselines.has(cell)
-        cell.progress.before = evaluate_before(run, group, cell, baselines)
-        trains_next = config.is_training and cell is group.cells[-1]
-        if not is_shared and not trains_next:  # because many tasks take long, and training saves
-            run.save(group)
+        baselines.add(cell)  # what was evaluated before this run was resumed
+        evaluate_before(run, group, cell, baselines)
     if config.is_training:
         train(run, group, config)
     for cell in group.cells:

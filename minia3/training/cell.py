@@ -21,7 +21,7 @@ class Progress:
     A checkpoint holds this for each cell, together with the parameters and the optimizer of all.
     """
 
-    before: list | None = None  # the results before training, one per member of the task
+    before: list | None = None  # the results before training, so far: one per member of the task
     n_steps: int = 0
     losses: list = field(default_factory=list)  # the training loss of each line of metrics.jsonl
     best_accuracy: float | None = None  # on the held-out rows

@@ -31,13 +31,14 @@ class Baselines:
             self.results[key] = group.evaluate(cell, assignment, assignment.report_rows)
         return self.results[key]
 
-    def has(self, cell):
-        """Return whether other cells have all results that this cell needs."""
-        return all(key_of_rows(assignment) in self.results for assignment in cell.assignments)
+    def has(self, assignment):
+        """Return whether another cell has the result on these rows."""
+        return key_of_rows(assignment) in self.results
 
     def add(self, cell):
-        """Add the results of a cell that was evaluated before its run was resumed."""
-        for assignment, result in zip(cell.assignments, cell.progress.before, strict=True):
+        """Add the results that a cell has from before its run was resumed."""
+        results = cell.progress.before or []  # a mixture may have been stopped between its members
+        for assignment, result in zip(cell.assignments, results, strict=False):
             self.results[key_of_rows(assignment)] = result
 
 
@@ -47,10 +48,17 @@ def key_of_rows(assignment):
 
 
 def evaluate_before(run, group, cell, baselines):
-    """Return the results of a cell before training, one per member of its task."""
-    results = []
-    for assignment in cell.assignments:
+    """Evaluate a cell before training, on each member of its task that has no result yet.
+
+    The run is saved after each evaluation, because many tasks take long. After the last one,
+    training saves.
+    """
+    if cell.progress.before is None:
+        cell.progress.before = []
+    results = cell.progress.before
+    for assignment in cell.assignments[len(results) :]:
         task = assignment.task
+        is_shared = baselines.has(assignment)
         result = baselines.find(group, cell, assignment)
         run.write("before", step=0, metric=task.metric, **cell.key_of(task), **result)
         print(f"before   {cell.title_of(task)}{describe(task.metric, result)}", flush=True)
@@ -58,7 +66,9 @@ def evaluate_before(run, group, cell, baselines):
             print(f"note     {cell.title_of(task)}{note}", flush=True)
         show_ties(cell, task, result)
         results.append(result)
-    return results
+        trains_next = group.config.is_training and assignment is group.cells[-1].assignments[-1]
+        if not is_shared and not trains_next:
+            run.save(group)
 
 
 def show_ties(cell, task, result):
