@@ -51,6 +51,7 @@ from minia3.training.run_folder import (
     clean_run,
     digest_weights,
     discard_run,
+    environment,
     read_run_config,
     record_run,
 )
@@ -145,7 +146,7 @@ class Run:
         elif config.out:
             folder = Path(config.out)
             recorded = dataclasses.replace(config, out=str(folder))
-            self.lock = begin_run(folder, recorded, self.resources)
+            self.lock = begin_run(folder, recorded, environment(), self.resources)
             self.folder = folder
         elif not config.eval_only:  # an evaluation may leave nothing
             self.folder, self.lock = begin_default_run(config, self.resources)

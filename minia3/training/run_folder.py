@@ -190,11 +190,13 @@ def join_values(values):
 # Beginning, continuing and undoing a run
 
 
-def begin_run(folder, config, resources):
+def begin_run(folder, config, now, resources):
     """Lock the folder of a new run, after making it if there is none, and write its config.json.
 
-    resources: the ExitStack that holds the lock from then on. Return the lock. Raise ValueError if
-    the folder cannot be made or written to, or if it holds a run already.
+    now: from `environment`, which the caller asks first: git may take seconds on a network file
+    system, and other runs would wait for the lock. resources: the ExitStack that holds the lock
+    from then on. Return the lock. Raise ValueError if the folder cannot be made or written to, or
+    if it holds a run already.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -206,7 +208,7 @@ def begin_run(folder, config, resources):
             )
         remove_leftovers(folder)  # a run that was killed before it had a config.json
         try:
-            write_json(folder / "config.json", dataclasses.asdict(config) | environment())
+            write_json(folder / "config.json", dataclasses.asdict(config) | now)
         except OSError:  # such as a full disk
             discard_run(folder)
             raise
@@ -223,13 +225,14 @@ def begin_default_run(config, resources):
     The jobs of an array begin together, and may all have chosen the same folder before the first
     one has written its flags there. So a run that finds its folder taken chooses again.
     """
+    now = environment()
     deadline = time.monotonic() + BEGINNING
     while True:
         folder = choose_folder(config)
         recorded = dataclasses.replace(config, out=str(folder))
         try:
             with ExitStack() as held:  # so that no lock of another folder is kept
-                lock = begin_run(folder, recorded, held)
+                lock = begin_run(folder, recorded, now, held)
                 resources.enter_context(held.pop_all())
                 return folder, lock
         except (FolderLocked, RunExists) as error:

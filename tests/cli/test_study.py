@@ -266,7 +266,7 @@ def test_a_run_that_another_worker_has_begun_and_left_since_we_looked_is_continu
     def run_config_but_late(config, *arguments, **options):
         if not first.has_begun:
             with contextlib.ExitStack() as resources:  # of a worker that is killed at once
-                begin_run(first.folder, config, resources)
+                begin_run(first.folder, config, {}, resources)
         return run_config(config, *arguments, **options)
 
     monkeypatch.setattr(start, "run_config", run_config_but_late)

@@ -1024,7 +1024,7 @@ def test_a_run_writes_nothing_into_the_folder_that_another_run_has_made_anew(
     def start_step(log):
         if log.step == at_step:
             shutil.rmtree(out)
-            begin_run(out, Config(out=str(out)), resources)
+            begin_run(out, Config(out=str(out)), {}, resources)
             if metrics_of_other is not None:
                 (out / "metrics.jsonl").write_text(metrics_of_other)
             of_other_run.update(contents(out))

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import running
@@ -202,7 +203,7 @@ def begin_two(monkeypatch, second_flags):
     is_waiting = threading.Event()
     outcomes = []
     threads = []
-    environment = run_folder.environment
+    write_json = run_folder.write_json
 
     def begin_second(resources):
         try:
@@ -212,24 +213,40 @@ def begin_two(monkeypatch, second_flags):
             outcomes.append(error)
         is_waiting.set()  # if it has not waited at all
 
-    def environment_and_second():
+    def begin_second_and_write(path, content):
         if not threads:
             threads.append(threading.Thread(target=begin_second, args=(resources,)))
             threads[0].start()
             assert is_waiting.wait(60)
-        return environment()
+        write_json(path, content)
 
     def wait(seconds):
         is_waiting.set()
         sleep(seconds)
 
     sleep = time.sleep
-    monkeypatch.setattr(run_folder, "environment", environment_and_second)
+    monkeypatch.setattr(run_folder, "write_json", begin_second_and_write)
     monkeypatch.setattr(time, "sleep", wait)
     with contextlib.ExitStack() as resources:
         first, _ = begin_default_run(Config(), resources)
         threads[0].join(60)
     return first, outcomes[0]
+
+
+@pytest.mark.parametrize("out", [None, "run"])
+def test_git_is_asked_before_the_folder_of_a_new_run_is_locked(out, tmp_path, monkeypatch):
+    """On a network file system it may take seconds, and other runs would wait for the folder."""
+    found = []
+
+    def git_commit():
+        found.append(list(tmp_path.rglob(".lock")))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_folder, "git_commit", git_commit)
+    made = training_run.Run(Config(out=out), SimpleNamespace(is_held=True))
+    made.resources.close()
+    assert found == [[]]
+    assert (made.folder / ".lock").exists()
 
 
 def test_two_runs_that_begin_at_once_choose_different_folders(tmp_path, monkeypatch):
