@@ -107,6 +107,9 @@ def announce_processes(n_before, config):
             f"note     processes so far: {n_before}, from now on: {n_now}; results differ by "
             "rounding, and dropout is drawn differently"
         )
+    asks_for_shards = config.shard not in (None, 1) and not config.offload
+    if config.resume is not None and n_now == 1 and asks_for_shards:  # see `choose_shards`
+        print("note     --shard needs several processes, and there is one: it holds the whole base")
 
 
 def examples_of_step(config):

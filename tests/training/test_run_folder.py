@@ -452,6 +452,23 @@ def test_a_shard_that_is_typed_to_resume_a_run_needs_several_processes(tmp_path,
     assert resume(out) == 0  # one process with more memory may continue a divided run
 
 
+@pytest.mark.parametrize("shard", [0, 2])
+def test_one_process_that_continues_a_divided_run_says_that_it_holds_the_whole_base(
+    shard, tmp_path, capsys
+):
+    """A line of a study has all flags again. It was given without torchrun, and nothing said so."""
+    out = tmp_path / "run"
+    assert run(words(out, steps=1)) == 0
+    change_config(out, shard=shard)
+    note = "note     --shard needs several processes, and there is one: it holds the whole base\n"
+    for arguments in (["--resume", out], words(out, "--or-resume", steps=1, shard=shard)):
+        (out / "checkpoint.pt").unlink(missing_ok=True)
+        (out / "metrics.jsonl").unlink()
+        capsys.readouterr()
+        assert run(arguments) == 0
+        assert note in capsys.readouterr().out
+
+
 def test_a_run_says_if_it_is_continued_by_other_code_and_records_it(tmp_path, capsys, monkeypatch):
     """A half of its steps came from one version and a half from another, and nothing said so."""
     out = tmp_path / "run"
