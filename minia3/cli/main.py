@@ -74,7 +74,7 @@ def main(argv=None):
             with warnings.catch_warnings(), computing_together():
                 warnings.showwarning = print_warning
                 args = parse(words)
-                code = args.run(args) or 0
+                code = args.run(args) or 0  # only torchrun returns one: that of its processes
         finally:
             show(end="")  # --help leaves text in the buffer: fail here rather than as Python exits
         return leave(code)
