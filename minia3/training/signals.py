@@ -7,7 +7,8 @@ Where a run is                        the first Ctrl-C        the second Ctrl-C,
 outside of these blocks               stops at once           stops at once
 
 If its terminal is closed, a run gets SIGHUP, which counts as SIGTERM. After another signal it is
-ignored, and also in a run that was started with `nohup`.
+ignored, and also in a run that was started with `nohup`. A second SIGTERM is ignored while the run
+saves its state because of the first one.
 """
 
 import os
@@ -123,15 +124,26 @@ class Signals:
         """Handle a signal. Python calls this between two operations of the main thread."""
         if self.is_leaving or self.is_stopping:
             return
-        # The shell and the system both send SIGHUP when a terminal is closed, and a logout sends it
-        # after SIGTERM. It must not disturb the run that is saving because of the first signal.
-        if number == HANGUP and self.pending is not None and not self.is_dropped:
+        if self.is_repeated(number):
             return
         self.pending = number
         self.n_arrived += 1
         can_wait = number == signal.SIGINT and self.n_arrived == 1
         if not self.is_held or (self.is_urgent and not can_wait):
             self.stop()
+
+    def is_repeated(self, number):
+        """Return whether the system has sent this signal after another one, as it often does.
+
+        The shell and the system both send SIGHUP when a terminal is closed, and a logout sends it
+        after SIGTERM. SLURM sends SIGTERM to a job whose time is up or that is queued again, also
+        if it has done so before. None of these must disturb the run that is saving because of the
+        first signal.
+        """
+        if self.pending is None or self.is_dropped:
+            return False
+        is_second_sigterm = number == self.pending == signal.SIGTERM
+        return number == HANGUP or (is_second_sigterm and not self.is_held)
 
     def stop(self):
         # torchrun tells all processes to stop as soon as one has ended: by then, they know it.

@@ -212,10 +212,17 @@ def test_torchrun_cannot_disturb_a_process_that_saves_because_another_one_has_en
 
 
 @pytest.mark.usefixtures("_terminal")
-@pytest.mark.parametrize("first", [signal.SIGHUP, signal.SIGTERM])
-def test_closing_the_terminal_saves_the_run(first, tmp_path, monkeypatch):
-    """The signal comes twice. In a logout, it also comes after SIGTERM."""
-
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (signal.SIGHUP, signal.SIGHUP),  # of a terminal
+        (signal.SIGTERM, signal.SIGHUP),  # of a logout
+        (signal.SIGTERM, signal.SIGTERM),  # of SLURM
+    ],
+)
+def test_a_system_that_sends_two_signals_does_not_disturb_the_saving(
+    first, second, tmp_path, monkeypatch
+):
     def clip(*args):
         steps.append(None)
         if len(steps) == 4:
@@ -224,7 +231,7 @@ def test_closing_the_terminal_saves_the_run(first, tmp_path, monkeypatch):
 
     def save_while_another_signal_comes(*args):
         if steps:  # and not before training
-            kill_self(signal.SIGHUP)
+            kill_self(second)
         save_checkpoint(*args)
 
     steps = []
