@@ -55,7 +55,8 @@ def saving_when_time_is_up():
 
     submitit says so with a signal. Its handler queues the job again, and raises SystemExit wherever
     this process is, so a run would lose all steps since its last checkpoint. Here the run gets a
-    Ctrl-C in place of SystemExit, which is raised at the end of the block.
+    SIGTERM in place of SystemExit, which is raised at the end of the block. So the run gives up the
+    step in progress, which may take longer than the time that is left.
     """
     number = getattr(signal, "SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2"))
     queue_again = signal.getsignal(number)
@@ -72,7 +73,9 @@ def saving_when_time_is_up():
             endings.append(ending)
             if signal.getsignal(signal.SIGINT) == without_run:
                 raise
-            signal.raise_signal(signal.SIGINT)
+            # A real SIGTERM may end this process without the exit code that submitit waits for.
+            stop_run = signal.getsignal(signal.SIGTERM)
+            stop_run(signal.SIGTERM, frame)
 
     if not callable(queue_again):  # submitit has not started this process
         yield

@@ -14,7 +14,9 @@ from running import ROOT
 from test_study import states, wait_for, write_study
 
 from minia3.cli.main import main
+from minia3.training.checkpoint import save_checkpoint
 from minia3.training.group import Group
+from minia3.training.loop import load_loop
 
 submitit = pytest.importorskip("submitit", reason="--submit needs submitit")
 
@@ -159,6 +161,71 @@ def test_a_run_whose_time_is_up_saves_its_last_step(tmp_path, capsys, monkeypatc
     assert running.load_checkpoint(folder).n_steps == 5
     assert Worker(words)() == 0
     assert len(updates) == 8
+
+
+@pytest.mark.parametrize("place", ["step", "evaluation"])
+def test_a_run_whose_time_is_up_gives_up_what_may_take_long(place, tmp_path, monkeypatch):
+    """A local worker that takes longer than half a minute to stop is not queued again."""
+    from minia3.cli.submit import Worker
+
+    def choice_logprobs(*arguments):
+        parts.append(arguments)
+        if place == "step" and len(parts) == 18:  # the second of four examples of step 5
+            running.kill_self(signal.SIGUSR2)
+        return score(*arguments)
+
+    def evaluate(group, *arguments):
+        if place == "evaluation" and group.log.step == 4:
+            running.kill_self(signal.SIGUSR2)
+            raise AssertionError("not reached")
+        return original(group, *arguments)
+
+    parts = []
+    loop = load_loop()
+    score = loop.choice_logprobs
+    original = Group.evaluate
+    path = write_study(tmp_path, steps=8)
+    words = ["study", str(path), "--only", "seed0-ia3", "--micro-batch-size", "1"]
+    words += ["--save-every", "100", "--eval-every", "4", "--run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "choice_logprobs", choice_logprobs)
+        patch.setattr(Group, "evaluate", evaluate)
+        with submitit_handler(SystemExit(122)), pytest.raises(SystemExit) as caught:
+            Worker(words)()
+    assert caught.value.code == 122
+    assert len(parts) == {"step": 18, "evaluation": 16}[place]
+    assert running.load_checkpoint(tmp_path / "runs" / "seed0-ia3").n_steps == 4
+    assert Worker(words)() == 0
+
+
+BOTH = (signal.SIGUSR2, signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("first", "second"), [BOTH, BOTH[::-1]])
+def test_the_other_signal_of_slurm_does_not_disturb_the_saving(
+    first, second, tmp_path, monkeypatch
+):
+    """It sends SIGTERM to a job that is queued again, and on some clusters before USR2, too."""
+    from minia3.cli.submit import Worker
+
+    def update(group, rates):
+        original(group, rates)
+        if group.log.step == 4:
+            running.kill_self(first)
+
+    def save(*arguments):
+        running.kill_self(second)
+        save_checkpoint(*arguments)
+
+    original = Group.update
+    monkeypatch.setattr(Group, "update", update)
+    monkeypatch.setattr("minia3.training.run.save_checkpoint", save)
+    path = write_study(tmp_path, steps=8)
+    words = ["study", str(path), "--only", "seed0-ia3", "--save-every", "100", "--run"]
+    with submitit_handler(SystemExit(122)) as calls, pytest.raises(SystemExit) as caught:
+        Worker(words)()
+    assert (caught.value.code, len(calls)) == (122, 1)
+    assert running.load_checkpoint(tmp_path / "runs" / "seed0-ia3").n_steps == 5
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
