@@ -5,6 +5,7 @@ import difflib
 import functools
 import json
 import os
+import re
 import sys
 from itertools import islice
 from pathlib import Path
@@ -31,6 +32,12 @@ TITLE = "Label the rows of a file, or continue them"
 EXAMPLE = "minia3 predict tiny-t5 data/same-colour/test.jsonl"
 
 WRITTEN = (".jsonl", ".csv", "")  # endings of names that --out can have
+
+# A column of --columns, NAME or NAME=FIELD, and the comma after it. A name or a field may be in
+# quotes, as in a .csv file. The csv module does not read them here: it knows no quotes after a =,
+# and it does not say whether the = of "a=b" was in quotes.
+QUOTED = r'"(?:[^"]|"")*"'
+COLUMN = re.compile(f"({QUOTED}|[^,=]*)(?:=({QUOTED}|[^,]*))?,")
 
 
 def add_arguments(parser):
@@ -74,7 +81,8 @@ def add_arguments(parser):
         "--columns",
         help="columns of results: NAME or NAME=FIELD, with commas between, as in ID,Label=word; "
         "a field is one of the row's, or idx, label, choice, scores, output, or word (the label as "
-        "the task's file spells it)",
+        "the task's file spells it); a name or field with a comma stands in quotes, as in "
+        "'\"net,total\",Label=word'",
     )
     parser.list_flags = ("--labels", "--columns")
     add_size_options(parser)
@@ -180,12 +188,19 @@ def read_columns(text):
     Raise ValueError if two columns have the same name.
     """
     columns = {}
-    for part in text.split(","):
-        name, _, field = part.partition("=")
+    for written_name, written_field in COLUMN.findall(text + ","):
+        name = without_quotes(written_name)
         if name in columns:
             raise ValueError(f"--columns names {name!r} twice, expected names that differ")
-        columns[name] = field or name
+        columns[name] = without_quotes(written_field or written_name)
     return columns
+
+
+def without_quotes(text):
+    """Return a name or a field of --columns without the quotes around it, if there are some."""
+    if re.fullmatch(QUOTED, text):
+        return text[1:-1].replace('""', '"')
+    return text
 
 
 def check_pipe(path):
@@ -459,6 +474,8 @@ class Prediction:
 
     def select(self, row_input, result, columns):
         """Return a dict from the name of each column to its value for a row."""
+        from minia3.inference.result_file import csv_line
+
         if not columns:
             return result
         # The row has texts in place of the file's numbers, but also names that the file lacks.
@@ -469,7 +486,7 @@ class Prediction:
             fields["adapter"] = row_input.adapter
         for field in columns.values():
             if field not in fields and field not in self.columns_of_file:
-                found = ", ".join(fields)
+                found = ", ".join(csv_line([name]).rstrip() for name in fields)
                 message = f"--columns: {field!r} is not in row {result['idx']}"
                 raise ValueError(f"{message}; it has {found}")
         return {name: fields.get(field) for name, field in columns.items()}

@@ -784,6 +784,25 @@ def test_a_name_that_is_given_twice_is_no_column_of_the_results(tmp_path, capsys
     assert "--columns names 'a' twice" in fails(capsys, *words)
 
 
+def test_a_name_in_quotes_may_have_a_comma(tmp_path, capsys):
+    """Such a column could not be named: it was taken for two."""
+    row = {"input": "w3", "choices": ["w4", "w5"]}
+    row |= {"a, b": 1, 'say "x"': 2, "x=y": 3, '5" pipe': 4, '"': 5}
+    file = write(tmp_path / "rows.jsonl", [row])
+    words = [running.model("t5"), file, "--columns"]
+    names = '"a, b","say ""x""","x=y",5" pipe,"""",","=idx,c="a, b","d=1"="x=y",e=x=y,idx='
+    expected = {"a, b": 1, 'say "x"': 2, "x=y": 3, '5" pipe': 4, '"': 5}
+    expected |= {",": 0, "c": 1, "d=1": 3, "e": 3, "idx": 0}
+    assert predicted(capsys, *words, names) == [expected]
+    predict(*words, names, "--out", tmp_path / "out.csv")
+    with (tmp_path / "out.csv").open(newline="") as f:
+        header, *_ = csv.reader(f)
+    assert header == list(expected)
+    # The message has the names as they are to be typed.
+    error = fails(capsys, *words, "a, b")
+    assert """'a' is not in row 0; it has input, choices, "a, b", "say ""x""\", x=y, """ in error
+
+
 def test_a_mistake_in_the_columns_does_not_keep_the_file_from_the_right_ones(tmp_path, capsys):
     file = write(tmp_path / "rows.jsonl", running.rows(2))
     out = tmp_path / "out.csv"
