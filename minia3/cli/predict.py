@@ -481,7 +481,7 @@ class Prediction:
         # The row has texts in place of the file's numbers, but also names that the file lacks.
         fields = row_input.file_row | row_input.row | row_input.file_row
         # A result may lack a field that others have. A field that none has is the file's own.
-        fields |= dict.fromkeys(self.forms.csv_columns) | result
+        fields |= dict.fromkeys(self.forms.result_fields) | result
         if fields.get("adapter") is None:
             fields["adapter"] = row_input.adapter
         for field in columns.values():

@@ -97,6 +97,13 @@ class Forms(NamedTuple):
             return RANKED
         return GENERATED if prompt.target or spec.messages else MIXED
 
+    @property
+    def result_fields(self) -> tuple[str, ...]:
+        """The fields that the result of some row may have, and that of another may lack."""
+        forms = [*self.by_adapter.values(), self.default]
+        has_labels = any(form is not None and form.spec.labels for form in forms)
+        return (*self.csv_columns, "word") if has_labels else self.csv_columns
+
     def find(self, adapter: str | None, row: dict, columns: Sequence[str] = ()) -> Form:
         """Return the form of a row that has this adapter. columns: see `guess_task`."""
         form = self.by_adapter.get(adapter, self.default)

@@ -396,6 +396,32 @@ def test_an_adapter_whose_name_is_a_number_is_expected_as_a_text(adapters, tmp_p
     assert predicted(capsys, running.model("t5"), file, "--adapter", adapters)
 
 
+def test_a_row_that_has_no_labels_leaves_its_word_empty(adapters, tmp_path, capsys):
+    """The command stopped at the first row that the base answers, in the middle of the file."""
+    entry = {"labels": ["w3", "w4"], "prompts": [{"text": "{input}"}]}
+    (adapters / "one" / "task.json").write_text(json.dumps(entry))
+    rows = [
+        {"input": "w5", "adapter": "one"},
+        {"input": "w6"},
+        {"input": "w7", "adapter": "two"},
+        {"input": "w8", "choices": ["w3", "w4"]},
+    ]
+    file = write(tmp_path / "rows.jsonl", rows)
+    words = [running.model("t5"), file, "--adapter", adapters, "--max-new-tokens", 2]
+    words += ["--columns", "idx,word"]
+    first, *others = predicted(capsys, *words)
+    assert first["word"] in entry["labels"]
+    assert [row["word"] for row in others] == [None] * 3
+    predict(*words, "--out", tmp_path / "out.csv")
+    expected = ["idx,word", f"0,{first['word']}", "1,", "2,", "3,"]
+    assert (tmp_path / "out.csv").read_text().splitlines() == expected
+    # A column of the file does not fill the cells. But if no result has a word, it is meant.
+    write(file, [row | {"word": "w9"} for row in rows])
+    assert predicted(capsys, *words) == [first, *others]
+    (adapters / "one" / "task.json").unlink()
+    assert [row["word"] for row in predicted(capsys, *words)] == ["w9"] * 4
+
+
 @pytest.mark.parametrize("flags", [["--input", "{adapter} {text}"], ["--task"]])
 def test_a_column_that_the_task_reads_names_no_adapter(flags, adapters, tmp_path, capsys):
     if flags == ["--task"]:
