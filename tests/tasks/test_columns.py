@@ -919,6 +919,12 @@ def test_a_file_without_columns_is_answered_with_what_its_cells_lack(name, text,
         ({"question": "a", "response": "b", "answer": "c"}, {"input": "Q: {question}"}, "answer"),
         ({"prompt": "a", "response": "b", "label": "c"}, {"input": "{prompt}"}, "label among c"),
         ({"instruction": "a", "context": "b", "response": "c"}, {}, "response"),
+        # Labels of the words of a text stand beside the text to write (FLARE's NER).
+        (
+            {"query": "a", "answer": "b", "label": ["O"], "text": "c"},
+            {"input": "{query}"},
+            "answer; ignores label, text",
+        ),
         # The position of the right choice stands beside its letter.
         (
             {"question": "a", "choices": ["b", "c"], "answerKey": "A", "label": 0},
