@@ -294,13 +294,14 @@ class Generator:
 
         origin: what names the text in a message.
         """
-        if self.args.chat:
-            with reading(origin):
-                row = read_conversation(text)
-                if row is not None:
-                    ids, _ = fit_question(row, self.tokenizer, math.inf)
-                    return ids
-        return self.encode_message(text)
+        if not self.args.chat:
+            return text
+        with reading(origin):
+            row = read_conversation(text)
+            if row is None:
+                return self.encode_message(text)
+            ids, _ = fit_question(row, self.tokenizer, math.inf)
+            return ids
 
     def encode_message(self, text, messages=()):
         """Return the prompt for a message of the user. messages: what was said before it."""

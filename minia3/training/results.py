@@ -37,7 +37,8 @@ class Baselines:
 
     def add(self, cell):
         """Add the results that a cell has from before its run was resumed."""
-        results = cell.progress.before or []  # a mixture may have been stopped between its members
+        # A cell may have none, and a mixture that was stopped may have those of some members.
+        results = cell.progress.before or []
         for assignment, result in zip(cell.assignments, results, strict=False):
             self.results[key_of_rows(assignment)] = result
 
