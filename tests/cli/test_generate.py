@@ -374,11 +374,10 @@ def test_a_row_of_messages_is_a_conversation_as_in_predict(capsys, monkeypatch, 
         ('{"messages": [{"role": "us', "not JSON: Unterminated string"),
         ('{"conversations": [{"from": "human", "value": "w3"}]},', "not JSON: Extra data"),
         (json.dumps({"messages": said("bad")}), "chat_template: No."),
+        ("a bad one", "chat_template: No."),  # a message of the user
     ],
 )
-def test_a_row_of_messages_that_cannot_be_answered_is_named(
-    line, reason, capsys, monkeypatch, tmp_path
-):
+def test_a_prompt_that_cannot_be_answered_is_named(line, reason, capsys, monkeypatch, tmp_path):
     template = (
         WORDS + "{% if 'bad' in messages[-1].content %}{{ raise_exception('No.') }}{% endif %}"
     )
