@@ -13,7 +13,7 @@ import torch
 from ports import reserved_port
 from running import processes, run
 
-from minia3.files.processes import join, leave, n_processes
+from minia3.files.processes import gathered, join, leave, n_processes
 from minia3.training.shards import make_shards
 
 
@@ -69,6 +69,7 @@ def run_rank(pipe, place, prepare, function, arguments):
     except BaseException:
         pipe.send((None, f"process {rank}: {traceback.format_exc()}"))
         os._exit(1)  # so that the others do not wait for this one
+    gathered(None)  # because the end of one breaks off those that are still connecting
     leave()
 
 
