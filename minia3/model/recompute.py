@@ -5,7 +5,7 @@ one call that replaces the plain line: gated feed-forwards (`recompute`), norms 
 keys and values (`scale_keeping_result`) and, if the user asks for it with --recompute, whole blocks
 (`recompute_blocks`). A fifth has a file of its own: the logits (target_logprobs.py).
 
-Shapes: B batch, L length, D width of the model, or of what is scaled.
+Shapes: B batch, L length, D width of the model, or of what is scaled, R rows.
 """
 
 import copy
@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+# Of so many entries, the float32 copies stay in the cache of a CPU's core.
+N_IN_CACHE = 2**16
 
 
 def recompute(function, *inputs, parameters=()):
@@ -68,7 +71,8 @@ def rms_norm(x, weight_D, eps):
     """
     # PyTorch 2.5 compiles its rms_norm again for each length of the texts.
     is_plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    if is_plain or has_fused_norm(x.device):
+    # Of more entries, PyTorch's rms_norm takes twice as long on a CPU: see `normalized`.
+    if has_fused_norm(x.device) or (is_plain and x.numel() <= N_IN_CACHE):
         return F.rms_norm(x, weight_D.shape, weight_D, eps)
     return _RMSNorm.apply(x, weight_D, eps)
 
@@ -81,27 +85,56 @@ def has_fused_norm(device):
     return device.type == "cuda" and hasattr(torch.ops.aten, "_fused_rms_norm_backward")
 
 
+def normalized(x, weight_D, eps):
+    """Return x * r * weight, and one number r per row (..., 1): 1 / sqrt(mean(x^2) + eps).
+
+    This overwrites its own tensors (and not x), because on a CPU, new memory takes longer than the
+    arithmetic: the system fills it with zeros.
+    """
+    wide_dtype = torch.promote_types(x.dtype, torch.float32)
+    wide = x.to(wide_dtype)
+    r = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    r = r.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    if x.dtype == wide_dtype:  # then `wide` is x
+        return (x * r).mul_(weight_D), r
+    return wide.mul_(r).mul_(weight_D).to(x.dtype), r
+
+
+def pieces(tensors):
+    """Return a few rows (R, ...) of all `tensors` (..., D or 1), then the next ones, and so on.
+
+    On a CPU, what is computed from a piece stays in the cache. Elsewhere, and in torch.compile, the
+    only piece is the whole.
+    """
+    tensors = [x.reshape(-1, x.shape[-1]) for x in tensors]
+    if tensors[0].device.type != "cpu" or torch.compiler.is_compiling():
+        return [tensors]
+    n_rows = max(N_IN_CACHE // tensors[0].shape[-1], 1)
+    return zip(*(x.split(n_rows) for x in tensors), strict=True)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight_D, eps):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        r = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+        out, r = normalized(x, weight_D, eps)
         ctx.save_for_backward(x, weight_D, r)
-        return (wide * r).mul_(weight_D).to(x.dtype)
+        return out
 
     @staticmethod
     @once_differentiable  # a second derivative would take r for a constant, and r depends on x
     def backward(ctx, grad):
         x, weight_D, r = ctx.saved_tensors
-        unit = x * r
-        weighted = grad * weight_D.to(r.dtype)
-        # The part of the gradient along x drops out (but for a share of eps), because scaling x
-        # hardly changes the result.
-        along = (weighted * unit).mean(-1, keepdim=True)
-        grad_x = weighted.addcmul_(unit, along, value=-1).mul_(r).to(x.dtype)
-        grad_weight_D = None
-        if ctx.needs_input_grad[1]:
-            grad_weight_D = (grad * unit).sum_to_size(weight_D.shape)
+        grad_x = x.new_empty(x.shape)
+        grad_weight_D = torch.zeros_like(weight_D, dtype=r.dtype)
+        for grad_RD, x_RD, r_R1, grad_x_RD in pieces((grad, x, r, grad_x)):
+            unit_RD = x_RD * r_R1
+            weighted_RD = grad_RD * weight_D.to(r.dtype)
+            # The part of the gradient along x drops out (but for a share of eps), because scaling x
+            # hardly changes the result.
+            along_R1 = (weighted_RD * unit_RD).mean(-1, keepdim=True)
+            grad_x_RD.copy_(weighted_RD.addcmul_(unit_RD, along_R1, value=-1).mul_(r_R1))
+            if ctx.needs_input_grad[1]:
+                grad_weight_D += (grad_RD * unit_RD).sum_to_size(weight_D.shape)
         return grad_x, grad_weight_D, None
 
 

@@ -80,17 +80,33 @@ def test_the_gradients_of_the_norm_pass_gradcheck(n_rows, length, width, is_froz
     assert torch.autograd.gradcheck(lambda x, weight: rms_norm(x, weight, 1e-3), (x, weight))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_norm_and_its_gradients_equal_those_of_pytorch(dtype):
+def heads(n_rows):
+    """Return queries (B, H, L, K) as attention has them, which are not contiguous."""
+    return torch.randn(n_rows, 5, 2, 24).transpose(1, 2)
+
+
+def tokens(n_rows):
+    return torch.randn(n_rows, 5, 24)
+
+
+# All at once, or 2, 4 or 1 of the 15 vectors of tokens, or of the 30 vectors of heads.
+IN_PIECES = pytest.mark.parametrize("n_in_cache", [2**16, 2 * 24, 4 * 24, 0])
+
+
+@IN_PIECES
+@pytest.mark.parametrize("make_x", [tokens, heads])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_norm_and_its_gradients_equal_those_of_pytorch(dtype, make_x, n_in_cache, monkeypatch):
+    monkeypatch.setattr("minia3.model.recompute.N_IN_CACHE", n_in_cache)
     ours = RMSNorm(24, 1e-6, dtype=dtype)
     nn.init.normal_(ours.weight)
-    # In bfloat16, PyTorch's norm rounds on the way, and not the same in each release. So it
+    # In half precision, PyTorch's norm rounds on the way, and not the same in each release. So it
     # computes in float32 what ours has to be before its one rounding.
     exact_dtype = torch.promote_types(dtype, torch.float32)
     theirs = nn.RMSNorm(24, 1e-6, dtype=exact_dtype)
     theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(3, 5, 24).to(dtype)
-    grad = torch.randn(3, 5, 24).to(dtype)
+    x = make_x(3).to(dtype)
+    grad = make_x(3).to(dtype)
 
     def results(norm):
         leaf = x.clone().to(norm.weight.dtype).requires_grad_()
@@ -102,6 +118,57 @@ def test_the_norm_and_its_gradients_equal_those_of_pytorch(dtype):
     same(found, results(theirs))
     with torch.no_grad():
         torch.testing.assert_close(ours(x), found[0])
+
+
+@IN_PIECES
+@pytest.mark.parametrize("has_grad", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_norm_overwrites_neither_its_input_nor_the_gradient(
+    dtype, has_grad, n_in_cache, monkeypatch
+):
+    """float32 is not converted to float32, so there the norm begins with its input itself."""
+    monkeypatch.setattr("minia3.model.recompute.N_IN_CACHE", n_in_cache)
+    norm = RMSNorm(24, 1e-6, dtype=dtype)
+    x = tokens(3).to(dtype).requires_grad_(has_grad)
+    grad = tokens(3).to(dtype)
+    before = x.detach().clone()
+    grad_before = grad.clone()
+    with torch.set_grad_enabled(has_grad):
+        out = norm(x)
+    if has_grad:
+        out.backward(grad)
+    assert torch.equal(x.detach(), before)
+    assert torch.equal(grad, grad_before)
+    assert torch.equal(norm.weight.detach(), torch.ones(24, dtype=dtype))
+
+
+@IN_PIECES
+def test_the_norm_of_nothing_is_nothing_and_has_no_gradient(n_in_cache, monkeypatch):
+    monkeypatch.setattr("minia3.model.recompute.N_IN_CACHE", n_in_cache)
+    norm = RMSNorm(24, 1e-6)
+    x = tokens(0).requires_grad_()
+    norm(x).backward(tokens(0))
+    assert x.grad.shape == (0, 5, 24)
+    assert torch.equal(norm.weight.grad, torch.zeros(24))
+    with torch.no_grad():
+        assert norm(x).shape == (0, 5, 24)
+
+
+@IN_PIECES
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
+)
+def test_the_norm_and_its_gradients_have_the_dtypes_of_its_input_and_its_weight(
+    dtypes, n_in_cache, monkeypatch
+):
+    monkeypatch.setattr("minia3.model.recompute.N_IN_CACHE", n_in_cache)
+    x = tokens(3).to(dtypes[0]).requires_grad_()
+    weight_D = torch.randn(24).to(dtypes[1]).requires_grad_()
+    out = rms_norm(x, weight_D, 1e-6)
+    expected = plainly_normed(x.float(), weight_D.float(), 1e-6)
+    torch.testing.assert_close(out, expected.to(x.dtype))
+    out.sum().backward()
+    assert (x.grad.dtype, weight_D.grad.dtype) == dtypes
 
 
 @pytest.mark.parametrize(
