@@ -152,7 +152,7 @@ class FeedForward(nn.Module):
         """
         h_BLF = self.activation(gate_BLF, in_place)
         if up_BLF is not None:
-            h_BLF = h_BLF * up_BLF
+            h_BLF = h_BLF.mul_(up_BLF) if in_place else h_BLF * up_BLF
         return self.l_ff(h_BLF, adapter_B)
 
 

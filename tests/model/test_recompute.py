@@ -192,6 +192,23 @@ def test_a_gated_feed_forward_has_the_gradients_of_its_plain_lines(activation, t
     same(found, torch.autograd.grad((plain * weight).sum(), wanted))
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+def test_without_gradients_a_gated_feed_forward_overwrites_its_gate_and_nothing_else(activation):
+    ffn = FeedForward(6, 10, activation, True, 0.0, n_adapters=1).double()
+    nn.init.normal_(ffn.l_ff.scale)
+    gate = torch.randn(4, 3, 10, dtype=torch.float64)
+    up = torch.randn(4, 3, 10, dtype=torch.float64)
+    row_0 = torch.tensor([0])
+    plain = ffn.hidden(gate.clone(), up, row_0, in_place=False)
+    before = up.clone()
+    with torch.no_grad():
+        found = ffn.hidden(gate, up, row_0, in_place=True)
+    torch.testing.assert_close(found, plain.detach(), rtol=0, atol=0)
+    assert torch.equal(up, before)
+    if activation != "gelu":  # PyTorch has no function that overwrites x with it
+        assert found.data_ptr() == gate.data_ptr()
+
+
 def test_recompute_passes_gradcheck_and_keeps_only_its_inputs():
     weight = torch.randn(5, dtype=torch.float64, requires_grad=True)
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
