@@ -36,6 +36,7 @@ import minia3
 from minia3.checkpoints.tokenizer import Tokenizer
 from minia3.inference import decoding, sampling
 from minia3.inference.decoding import (
+    choose_tokens,
     decode_tokens,
     generate,
     generate_texts,
@@ -455,9 +456,18 @@ def test_of_a_large_batch_several_rows_leave_together(many, monkeypatch, stop):
     assert len(set(map(len, together))) < len(set(map(len, at_once)))
 
 
+@pytest.mark.parametrize("n_tokens", [4, 1000])
+def test_of_equally_likely_tokens_the_first_is_chosen(n_tokens):
+    logits_BV = torch.zeros(4, n_tokens)
+    logits_BV[1, 1:] = 2.0
+    logits_BV[2, [2, -1]] = 3.0
+    logits_BV[3, 2:] = float("nan")
+    assert choose_tokens(logits_BV, range(4), None).tolist() == [[0], [1], [2], [2]]
+
+
 def test_scores_that_are_not_finite_matter_only_until_the_text_has_ended():
     logits_BV = torch.tensor([[0.0, 1.0], [0.0, float("nan")], [2.0, 0.0]])
-    tokens_B1 = logits_BV.argmax(dim=-1, keepdim=True)
+    tokens_B1 = choose_tokens(logits_BV, [4, 7, 9], None)
     assert read_tokens(tokens_B1, logits_BV, [4, 7, 9], {7}) == [(4, 1), (9, 0)]
     with pytest.raises(NotFiniteError, match="text 7"):
         read_tokens(tokens_B1, logits_BV, [4, 7, 9], {4})
