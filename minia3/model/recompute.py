@@ -72,7 +72,8 @@ def rms_norm(x, weight_D, eps):
     # PyTorch 2.5 compiles its rms_norm again for each length of the texts.
     is_plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
     # Of more entries, PyTorch's rms_norm takes twice as long on a CPU: see `normalized`.
-    if has_fused_norm(x.device) or (is_plain and x.numel() <= N_IN_CACHE):
+    is_large = x.device.type == "cpu" and x.numel() > N_IN_CACHE
+    if has_fused_norm(x.device) or (is_plain and not is_large):
         return F.rms_norm(x, weight_D.shape, weight_D, eps)
     return _RMSNorm.apply(x, weight_D, eps)
 

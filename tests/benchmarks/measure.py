@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from minia3.model import linear, recompute
+from minia3.model import linear, recompute, short_attention
 from minia3.model.single_row import fast_products
 from minia3.training.device import device_module
 from tests.benchmarks.machine import n_others_busy
@@ -368,11 +368,16 @@ class Kernels(PatchedMode):
             self.record(norm_backward, (grad, *context.saved_tensors))
             return self.run_within(backward, context, grad)
 
+        def recorded_gradients(*args):
+            self.record(gradients_of_rows, args)
+            return self.run_within(gradients_of_rows, *args)
+
         return (
             weight_first,
             (F, "rms_norm", recorded_plain),
             (norm, "forward", staticmethod(recorded_forward)),
             (norm, "backward", staticmethod(recorded_backward)),
+            (short_attention, "gradients_of_rows", recorded_gradients),
         )
 
     def record_weight_first(self, x, weight):
@@ -466,6 +471,8 @@ def multiply_with_weight_first(x, weight):
 
 LINEAR_WITH_WEIGHT_FIRST = linear.linear_with_weight_first  # `Kernels` replaces it for a while
 PRODUCTS = (aten.mm.default, multiply_with_weight_first)
+
+gradients_of_rows = short_attention.gradients_of_rows  # which `Kernels` also replaces
 
 
 def norm_forward(x, weight_D, eps):
