@@ -65,6 +65,17 @@ def test_what_is_fused_on_cuda_is_one_operator(dtype):
         assert total(count(lambda: attend(q_BHLK, q_BHLK, q_BHLK, context, **options))) == 1
         assert total(count(lambda: F.rms_norm(q_BHLK, (8,), None, 1e-6))) == 1
 
+    leaf_BHLK = torch.randn(2, 3, 4, 8, dtype=dtype, requires_grad=True)
+    grad_BHLK = torch.ones_like(leaf_BHLK)
+
+    def attend_and_back():
+        out_BHLK = attend(leaf_BHLK, leaf_BHLK, leaf_BHLK, Context(None), **options)
+        torch.autograd.grad(out_BHLK, leaf_BHLK, grad_BHLK)
+
+    additions = {"add": 2}  # of the gradients of queries, keys and values
+    backward = "_scaled_dot_product_flash_attention_for_cpu_backward"
+    assert count(attend_and_back) == {"scaled_dot_product_attention": 1, backward: 1, **additions}
+
     x_BD = torch.randn(4, 6, dtype=dtype, requires_grad=True)
     weight_D = torch.ones(6, dtype=dtype)
     grad_BD = torch.ones_like(x_BD)

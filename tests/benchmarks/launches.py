@@ -81,6 +81,7 @@ class CountLaunches(PatchedMode):
             (norm, "backward", staticmethod(self.as_one(norm.backward))),
             (packing, "lies_end_to_end", lambda *args: False),
             (attend, "is_decoding_on_cpu", lambda *args: False),
+            (attend, "has_short_texts", lambda *args: False),
             (linear, "HAS_TILES", False),
         )
 
