@@ -311,6 +311,14 @@ def test_a_run_says_what_it_was_measured_on():
     assert machine.versions()["torch"] == torch.__version__
 
 
+def test_generations_of_a_processor_have_different_names(monkeypatch):
+    lines = {"model name": "AMD EPYC", "cpu family": "26", "model": "2"}
+    monkeypatch.setattr(machine, "cpuinfo", lines.get)
+    assert machine.processor_name() == "AMD EPYC, family 26, model 2"
+    del lines["cpu family"]  # as on ARM
+    assert machine.processor_name() == "AMD EPYC"
+
+
 @pytest.mark.skipif(not machine.Path("/proc/loadavg").exists(), reason="Linux says who is busy")
 def test_this_thread_is_not_counted_among_the_others(monkeypatch):
     assert machine.n_own_busy() >= 1

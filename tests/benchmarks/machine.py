@@ -32,7 +32,13 @@ def describe_machine(device):
 
 
 def processor_name():
-    return cpuinfo("model name") or platform.processor() or platform.machine()
+    """Return the processor's name, such as "AMD EPYC, family 26, model 2".
+
+    In a virtual machine, the name alone may stand for several generations.
+    """
+    name = cpuinfo("model name") or platform.processor() or platform.machine()
+    family = cpuinfo("cpu family")  # x86 has one
+    return name if family is None else f"{name}, family {family}, model {cpuinfo('model')}"
 
 
 def processor_flags():

@@ -97,9 +97,9 @@ def by_processor(records):
 
 
 def processor_of(machine):
-    """Return the short name of the processor that computed, such as "Intel Xeon"."""
+    """Return the short name of the processor that computed: "Intel Xeon, family 6, model 207"."""
     name = machine.get("accelerator") or machine["processor"]
-    return re.sub(r"\((R|TM)\)| Processor$", "", name)
+    return re.sub(r"\((R|TM)\)| Processor\b", "", name)
 
 
 def table_of_runs(records, letters):
