@@ -393,7 +393,7 @@ def test_the_kernels_of_a_step_are_all_that_has_operations(model, like_rte, tmp_
     assert measure.count_flops(kernels) == measure.count_flops(step)
     n_calls = Counter(func for func, _, _ in kernels.calls)
     n_norms = sum(isinstance(module, RMSNorm) for module in ours.modules())
-    assert n_calls.pop(measure.norm_forward) == n_norms
+    assert n_calls.pop(measure.normalized) == n_norms
     assert 0 < n_calls.pop(measure.norm_backward) <= n_norms
     others = [func for func in n_calls if not measure.is_elementwise(func)]
     assert len(others) == 3, "products, attention, and attention's backward pass"

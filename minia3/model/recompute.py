@@ -65,9 +65,10 @@ def rms_norm(x, weight_D, eps):
 
     x: (..., D), such as tokens (B, L, D), or the heads of queries (B, H, L, K).
 
-    PyTorch's rms_norm also keeps a float32 copy of a bfloat16 x, if it is not fused. It computes in
-    float32 or wider, and so does this function. (transformers rounds to bfloat16 before it
-    multiplies by the weight, so in bfloat16 the last bits differ.)
+    PyTorch's rms_norm also keeps a float32 copy of a bfloat16 x, if it is not fused. This function
+    computes in float32 or wider. In bfloat16 the last bits may differ from PyTorch's, which some
+    releases round on the way, and from those of transformers, which rounds before it multiplies by
+    the weight.
     """
     # PyTorch 2.5 compiles its rms_norm again for each length of the texts.
     is_plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
@@ -75,6 +76,9 @@ def rms_norm(x, weight_D, eps):
     is_large = x.device.type == "cpu" and x.numel() > N_IN_CACHE
     if has_fused_norm(x.device) or (is_plain and not is_large):
         return F.rms_norm(x, weight_D.shape, weight_D, eps)
+    if is_plain:
+        out, _ = normalized(x, weight_D, eps)
+        return out
     return _RMSNorm.apply(x, weight_D, eps)
 
 
@@ -126,7 +130,9 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight_D, r = ctx.saved_tensors
         grad_x = x.new_empty(x.shape)
-        grad_weight_D = torch.zeros_like(weight_D, dtype=r.dtype)
+        grad_weight_D = None
+        if ctx.needs_input_grad[1]:
+            grad_weight_D = torch.zeros_like(weight_D, dtype=r.dtype)
         for grad_RD, x_RD, r_R1, grad_x_RD in pieces((grad, x, r, grad_x)):
             unit_RD = x_RD * r_R1
             weighted_RD = grad_RD * weight_D.to(r.dtype)
@@ -134,7 +140,7 @@ class _RMSNorm(torch.autograd.Function):
             # hardly changes the result.
             along_R1 = (weighted_RD * unit_RD).mean(-1, keepdim=True)
             grad_x_RD.copy_(weighted_RD.addcmul_(unit_RD, along_R1, value=-1).mul_(r_R1))
-            if ctx.needs_input_grad[1]:
+            if grad_weight_D is not None:
                 grad_weight_D += (grad_RD * unit_RD).sum_to_size(weight_D.shape)
         return grad_x, grad_weight_D, None
 

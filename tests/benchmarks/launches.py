@@ -77,11 +77,11 @@ class CountLaunches(PatchedMode):
         return (
             (F, "scaled_dot_product_attention", self.as_one(F.scaled_dot_product_attention)),
             (F, "rms_norm", self.as_one(F.rms_norm)),
-            (norm, "forward", staticmethod(self.as_one(norm.forward))),
+            (recompute, "normalized", self.as_one(recompute.normalized)),
             (norm, "backward", staticmethod(self.as_one(norm.backward))),
             (packing, "lies_end_to_end", lambda *args: False),
             (attend, "is_decoding_on_cpu", lambda *args: False),
-            (attend, "has_short_texts", lambda *args: False),
+            (attend, "is_faster_in_training", lambda *args: False),
             (linear, "HAS_TILES", False),
         )
 

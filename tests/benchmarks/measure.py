@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from minia3.model import linear, recompute, short_attention
+from minia3.model import linear, recompute, training_attention
 from minia3.model.single_row import fast_products
 from minia3.training.device import device_module
 from tests.benchmarks.machine import n_others_busy
@@ -354,15 +354,15 @@ class Kernels(PatchedMode):
         if not self.are_all:
             return (weight_first,)
         norm = recompute._RMSNorm
-        plain, forward, backward = F.rms_norm, norm.forward, norm.backward
+        plain, backward = F.rms_norm, norm.backward
 
         def recorded_plain(*args):
             self.record(plain, args)
             return self.run_within(plain, *args)
 
-        def recorded_forward(context, *args):
-            self.record(norm_forward, args)
-            return self.run_within(forward, context, *args)
+        def recorded_normalized(*args):
+            self.record(normalized, args)
+            return self.run_within(normalized, *args)
 
         def recorded_backward(context, grad):
             self.record(norm_backward, (grad, *context.saved_tensors))
@@ -375,9 +375,9 @@ class Kernels(PatchedMode):
         return (
             weight_first,
             (F, "rms_norm", recorded_plain),
-            (norm, "forward", staticmethod(recorded_forward)),
+            (recompute, "normalized", recorded_normalized),
             (norm, "backward", staticmethod(recorded_backward)),
-            (short_attention, "gradients_of_rows", recorded_gradients),
+            (training_attention, "gradients_of_rows", recorded_gradients),
         )
 
     def record_weight_first(self, x, weight):
@@ -472,12 +472,9 @@ def multiply_with_weight_first(x, weight):
 LINEAR_WITH_WEIGHT_FIRST = linear.linear_with_weight_first  # `Kernels` replaces it for a while
 PRODUCTS = (aten.mm.default, multiply_with_weight_first)
 
-gradients_of_rows = short_attention.gradients_of_rows  # which `Kernels` also replaces
-
-
-def norm_forward(x, weight_D, eps):
-    """Compute a norm whose input will get a gradient."""
-    recompute._RMSNorm.forward(NormContext(), x, weight_D, eps)
+# `Kernels` also replaces these.
+gradients_of_rows = training_attention.gradients_of_rows
+normalized = recompute.normalized
 
 
 def norm_backward(grad, x, weight_D, r):
@@ -492,9 +489,6 @@ class NormContext:
 
     def __init__(self, *saved_tensors):
         self.saved_tensors = saved_tensors
-
-    def save_for_backward(self, *tensors):
-        pass
 
 
 def is_elementwise(func):

@@ -74,7 +74,8 @@ def test_serving_keeps_nothing_of_an_encoder_but_its_output(kind):
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_the_plan_of_training_equals_the_peak_of_real_steps(kind, dtype, monkeypatch):
     """Two steps, because Adafactor has its moments from the first one on."""
-    monkeypatch.setattr(attend, "has_short_texts", lambda *_: False)  # with these, less is kept
+    # The plan has our own attention only under dropout.
+    monkeypatch.setattr(attend, "is_faster_in_training", lambda q, k, bias, dropout: dropout > 0)
     model = real_model(CONFIGS[kind], dtype).train()
     freeze(model)
     optimizer = Adafactor(list(vectors(model).values()), lr=1e-3)
@@ -86,6 +87,17 @@ def test_the_plan_of_training_equals_the_peak_of_real_steps(kind, dtype, monkeyp
             model.zero_grad()
     planned = planned_memory(CONFIGS[kind], dtype, 4, 48, is_training=True)
     assert planned == counter.peak
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_attention_to_short_texts_takes_no_more_than_the_plan(kind, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)  # all rows at once
+    model = real_model(CONFIGS[kind], torch.bfloat16).train()
+    freeze(model)
+    tokens_BL = torch.ones(4, 48, dtype=torch.long)
+    with counter_of(model, tokens_BL) as counter:
+        planned_logprobs(model, tokens_BL, tokens_BL[:, :8]).sum().backward()
+    assert counter.peak <= planned_memory(CONFIGS[kind], torch.bfloat16, 4, 48, is_training=True)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -218,7 +218,7 @@ def plans_once(monkeypatch):
 def test_a_step_that_does_not_fit_is_a_note_with_the_size_that_does(
     tmp_path, capsys, monkeypatch, plans_once
 ):
-    monkeypatch.setattr(step_memory, "free_memory", lambda device: 12e6)
+    monkeypatch.setattr(step_memory, "free_memory", lambda device: 8e6)
     monkeypatch.setattr(memory_fit, "limited_memory", contextlib.nullcontext)
     assert run(words(tmp_path / "run", batch_size=128, steps=1)) == 0
     (note,) = [line for line in capsys.readouterr().out.splitlines() if "a step takes" in line]
