@@ -115,9 +115,10 @@ def without_autocast():
 
 def a_few_rows(q_BHLK, k_BGMK, *tensors):
     """Yield a few rows of all tensors, then the next ones, and so on. None stays None."""
-    # Each core has a cache of its own.
-    n_at_once = torch.get_num_threads() * MOST_SCORES // n_scores_of_row(q_BHLK, k_BGMK)
-    n_at_once = max(n_at_once, 1)
+    n_caches = torch.get_num_threads()  # each core has one
+    if isinstance(q_BHLK, FakeTensor):
+        n_caches = 1  # a plan of memory is the same on every machine
+    n_at_once = max(n_caches * MOST_SCORES // n_scores_of_row(q_BHLK, k_BGMK), 1)
     for first in range(0, len(q_BHLK), n_at_once):
         rows = slice(first, first + n_at_once)
         yield [x if x is None else x[rows] for x in (q_BHLK, k_BGMK, *tensors)]

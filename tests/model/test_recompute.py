@@ -89,6 +89,16 @@ def tokens(n_rows):
     return torch.randn(n_rows, 5, 24)
 
 
+def test_a_large_norm_without_gradients_works_under_vmap(monkeypatch):
+    x = torch.randn(3, 5, 24)
+    weight = torch.randn(24)
+    expected = rms_norm(x, weight, 1e-6)
+    monkeypatch.setattr("minia3.model.recompute.N_IN_CACHE", 0)
+    with torch.no_grad():
+        found = torch.func.vmap(lambda x: rms_norm(x, weight, 1e-6))(x)
+    torch.testing.assert_close(found, expected)
+
+
 # All at once, or 2, 4 or 1 of the 15 vectors of tokens, or of the 30 vectors of heads.
 IN_PIECES = pytest.mark.parametrize("n_in_cache", [2**16, 2 * 24, 4 * 24, 0])
 

@@ -74,7 +74,8 @@ def test_serving_keeps_nothing_of_an_encoder_but_its_output(kind):
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_the_plan_of_training_equals_the_peak_of_real_steps(kind, dtype, monkeypatch):
     """Two steps, because Adafactor has its moments from the first one on."""
-    # The plan has our own attention only under dropout.
+    # The plan has our own attention only under dropout, on one core.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(attend, "is_faster_in_training", lambda q, k, bias, dropout: dropout > 0)
     model = real_model(CONFIGS[kind], dtype).train()
     freeze(model)
@@ -87,6 +88,13 @@ def test_the_plan_of_training_equals_the_peak_of_real_steps(kind, dtype, monkeyp
             model.zero_grad()
     planned = planned_memory(CONFIGS[kind], dtype, 4, 48, is_training=True)
     assert planned == counter.peak
+
+
+def test_a_plan_does_not_depend_on_the_number_of_cores(monkeypatch):
+    planned = [planned_memory(SMALL_T5, torch.float32, 4, 480, is_training=True)]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
+    planned.append(planned_memory(SMALL_T5, torch.float32, 4, 480, is_training=True))
+    assert planned[0] == planned[1]
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
