@@ -1,10 +1,11 @@
 """Products of a single row of bfloat16, as fast as memory delivers the weights.
 
 To write one token of one text, a model reads each of its weights once, and this takes most of the
-time. On a CPU, PyTorch leaves products of bfloat16 to oneDNN, which reads the weights for a single
-row at less than half the speed of the memory. PyTorch's own product reads them twice as fast. For
-two rows it gains only a fifth, and from three rows on it loses: 512 rows take nine times as long.
-On a processor with tiles for bfloat16 (AMX), oneDNN is the faster one for a single row, too.
+time. On a CPU, PyTorch leaves products of bfloat16 to oneDNN. That of PyTorch 2.13 and 2.14 reads
+the weights for a single row at about half the speed of the memory, and PyTorch's own product reads
+them up to twice as fast. For two rows it gains at most a fifth, and from three rows on it loses:
+512 rows take nine times as long. From PyTorch 2.15 on, oneDNN is the faster one for a single row,
+too, and so it is on a processor with tiles for bfloat16 (AMX).
 """
 
 import threading
@@ -18,11 +19,13 @@ from minia3.model.processor import TORCH, has_tiles
 def has_fast_product():
     """Return whether PyTorch's own product of a single row is faster than oneDNN's here.
 
-    Measured with PyTorch 2.13 and AVX-512, with and without tiles. Old releases have no fast
-    product of their own for x86 (pytorch/pytorch#139208), and other processors have not been
-    measured.
+    Measured with AVX-512, with tiles (PyTorch 2.13) and without (2.13, 2.14 and 2.15). Old releases
+    have no fast product of their own for x86 (pytorch/pytorch#139208), and other processors have
+    not been measured.
     """
-    if TORCH < (2, 13) or torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if not (2, 13) <= TORCH < (2, 15):
+        return False
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     return not has_tiles()
 

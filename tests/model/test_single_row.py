@@ -80,6 +80,8 @@ def test_a_processor_without_a_fast_product_keeps_onednn(monkeypatch):
         ((2, 13), "AVX512", True, False),
         ((2, 13), "AVX2", False, False),
         ((2, 12), "AVX512", False, False),
+        ((2, 14), "AVX512", False, True),
+        ((2, 15), "AVX512", False, False),
     ],
 )
 def test_which_processors_have_a_fast_product(
