@@ -5,7 +5,7 @@
 Both sides take the same operations. But the product of a few rows takes about as long as reading
 the weight from memory. oneDNN, which computes PyTorch's products of bfloat16, reads the weight
 faster if it is the first factor: on a processor with tiles for bfloat16 (AMX), one core reads 10 to
-15 GB/s instead of 7 to 11. (Other processors were not measured.)
+15 GB/s instead of 7 to 11. On one without tiles, most products take longer in this order.
 """
 
 import torch
