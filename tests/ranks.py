@@ -8,13 +8,16 @@ import contextlib
 import io
 import os
 import traceback
+from multiprocessing.connection import wait
 
 import torch
 from ports import reserved_port
 from running import processes, run
 
-from minia3.files.processes import gathered, join, leave, n_processes
+from minia3.files.processes import join, leave, n_processes
 from minia3.training.shards import make_shards
+
+PATIENCE = 120  # seconds that a process may take longer than the first one to answer
 
 
 def on_ranks(n_processes, function, *arguments, prepare=None):
@@ -25,19 +28,22 @@ def on_ranks(n_processes, function, *arguments, prepare=None):
     fails.
     """
     context = processes()
+    all_have_answered = context.Event()
     pipes = []
     children = []
     with reserved_port() as port:
         for rank in range(n_processes):
             receiver, sender = context.Pipe(duplex=False)
             place = (rank, n_processes, port)
-            given = (sender, place, prepare, function, arguments)
+            given = (sender, all_have_answered, place, prepare, function, arguments)
             child = context.Process(target=run_rank, args=given)
             child.start()
             sender.close()
             pipes.append(receiver)
             children.append(child)
-        outcomes = [receive(pipe) for pipe in pipes]
+        wait(pipes)  # for the first answer, however long it takes
+        outcomes = [receive(pipe, child) for pipe, child in zip(pipes, children, strict=True)]
+        all_have_answered.set()
         for child in children:
             child.join(60)
     for _, error in outcomes:
@@ -45,14 +51,18 @@ def on_ranks(n_processes, function, *arguments, prepare=None):
     return [torch.load(io.BytesIO(content), weights_only=False) for content, _ in outcomes]
 
 
-def receive(pipe):
+def receive(pipe, child):
+    """Return what a process answers, and its error: one of the two is None."""
+    if not pipe.poll(PATIENCE):
+        child.kill()
+        return None, "a process waits for others that have ended"
     try:
         return pipe.recv()
     except EOFError:
         return None, "the process has died"
 
 
-def run_rank(pipe, place, prepare, function, arguments):
+def run_rank(pipe, all_have_answered, place, prepare, function, arguments):
     rank, n_processes, port = place
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n_processes))
@@ -69,7 +79,9 @@ def run_rank(pipe, place, prepare, function, arguments):
     except BaseException:
         pipe.send((None, f"process {rank}: {traceback.format_exc()}"))
         os._exit(1)  # so that the others do not wait for this one
-    gathered(None)  # because the end of one breaks off those that are still connecting
+    # The end of a process would break off those that are still connecting. (They do not meet in a
+    # collective here: it could be the counterpart of one that only another process makes.)
+    all_have_answered.wait()
     leave()
 
 
