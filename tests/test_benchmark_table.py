@@ -184,10 +184,10 @@ def test_another_processor_has_a_table_of_its_own():
     second = on({"processor": "AMD EPYC"}, "2026-01-03 03:04")
     lines = table.markdown([xeon, first, second]).splitlines()
     heads = [line for line in lines if line.startswith(("####", "| run", "| line"))]
-    assert heads[:2] == ["#### AMD EPYC", "| run | A | B |"]
-    assert heads[2].startswith("| line | ours | theirs | theirs / ours, A | theirs / ours, B |")
-    assert heads[3:5] == ["#### Intel Xeon", "| run | C |"]
-    assert heads[5].startswith("| line | ours | theirs | theirs / ours, C | goal |")
+    assert heads[:2] == ["#### Intel Xeon", "| run | A |"]
+    assert heads[2].startswith("| line | ours | theirs | theirs / ours, A | goal |")
+    assert heads[3:5] == ["#### AMD EPYC", "| run | B | C |"]
+    assert heads[5].startswith("| line | ours | theirs | theirs / ours, B | theirs / ours, C |")
     reached = [line.partition(" reaches")[0] for line in lines if " reaches " in line]
     assert reached == ["Run A", "Run B", "Run C"]
 

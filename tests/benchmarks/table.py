@@ -89,11 +89,14 @@ def markdown(records):
 
 
 def by_processor(records):
-    """Return {name of a processor: its Records}. The one with the most runs comes first."""
+    """Return {name of a processor: its Records}.
+
+    The one that ran first comes first, so that a new run renames as few of the others as it can.
+    """
     groups = {}
     for record in records:
         groups.setdefault(processor_of(record.about["machine"]), []).append(record)
-    return dict(sorted(groups.items(), key=lambda group: len(group[1]), reverse=True))
+    return groups
 
 
 def processor_of(machine):
@@ -113,7 +116,7 @@ def table_of_runs(records, letters):
 
 def markdown_of_readme(records):
     """Return the short table of the README. It is of the processor with the most runs."""
-    records = next(iter(by_processor(records).values()))
+    records = max(by_processor(records).values(), key=len)  # of several, the one that ran first
     lines = [README_HEAD, "|---|---|---|---|"]
     for title in README_TITLES:
         _, title_of_line = title.split(", ", 1)
