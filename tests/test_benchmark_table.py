@@ -200,6 +200,8 @@ def test_the_table_of_the_readme_is_of_the_processor_with_the_most_runs():
     other = record_of(slower, date="2026-01-01 03:04", machine={**machine_of, "processor": "b"})
     assert table.markdown_of_readme([other, *records]) == table.markdown_of_readme(records)
     assert "| 9.00 s |" in table.markdown_of_readme([other])
+    last = record_of(slower, date="2026-01-04 03:04", machine=other.about["machine"])
+    assert "| 9.00 s |" in table.markdown_of_readme([other, *records, last])
 
 
 def test_the_oldest_run_comes_first_whatever_its_name(tmp_path, monkeypatch):
