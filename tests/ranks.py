@@ -41,9 +41,11 @@ def on_ranks(n_processes, function, *arguments, prepare=None):
             sender.close()
             pipes.append(receiver)
             children.append(child)
-        wait(pipes)  # for the first answer, however long it takes
-        outcomes = [receive(pipe, child) for pipe, child in zip(pipes, children, strict=True)]
-        all_have_answered.set()
+        try:
+            wait(pipes)  # for the first answer, however long it takes
+            outcomes = [receive(pipe, child) for pipe, child in zip(pipes, children, strict=True)]
+        finally:
+            all_have_answered.set()  # after Ctrl-C, too, or the processes would stay
         for child in children:
             child.join(60)
     for _, error in outcomes:
@@ -55,7 +57,7 @@ def receive(pipe, child):
     """Return what a process answers, and its error: one of the two is None."""
     if not pipe.poll(PATIENCE):
         child.kill()
-        return None, "a process waits for others that have ended"
+        return None, f"no answer {PATIENCE} s after the first: does a process wait for another?"
     try:
         return pipe.recv()
     except EOFError:
@@ -81,7 +83,7 @@ def run_rank(pipe, all_have_answered, place, prepare, function, arguments):
         os._exit(1)  # so that the others do not wait for this one
     # The end of a process would break off those that are still connecting. (They do not meet in a
     # collective here: it could be the counterpart of one that only another process makes.)
-    all_have_answered.wait()
+    all_have_answered.wait(10 * PATIENCE)  # not forever, because the parent may be killed
     leave()
 
 
