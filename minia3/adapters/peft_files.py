@@ -137,7 +137,7 @@ def find_mismatch(peft_name, entry, name, vectors):
 def find_infinite(vectors, stored_names):
     """Return a text for each vector that has an infinite entry or a NaN: where the first one is."""
     # One sum of all is quick, but it may be infinite although no entry is.
-    if not vectors or torch.cat(list(vectors.values())).sum().isfinite():
+    if not vectors or math.isfinite(torch.cat(list(vectors.values())).sum()):
         return []
     problems = []
     for name, vector in vectors.items():
