@@ -34,8 +34,8 @@ class Entry(NamedTuple):
 def read_tensors(file, as_a_whole=False):
     """Return name -> Entry for every tensor of a .safetensors or .bin (torch.save) file.
 
-    as_a_whole: read a .safetensors file of at most SMALL bytes now, for a caller who wants only
-    floats, and in one dimension: see `small_file_entries`.
+    as_a_whole: read a .safetensors file of at most SMALL bytes now. Its entries then give only
+    floats, and only in one dimension: see `small_file_entries`.
 
     Raise ValueError if the file is damaged, or holds anything but tensors by name. Nothing in the
     file is executed.
@@ -79,8 +79,8 @@ def small_file_entries(file):
     """Return name -> Entry. The .safetensors file is read now, as a whole.
 
     This takes less than half the time of `safetensors_entries` if the tensors are many and short.
-    From an Entry, only floats can be read, and only in one dimension, whatever its shape: giving
-    each tensor its shape, and taking it away again, is a tenth of loading an adapter.
+    An Entry gives only floats, and only in one dimension, whatever its shape. (To give each tensor
+    its shape, which the caller takes away again, would be a tenth of loading an adapter.)
     """
     tensors = dict(deserialize(file.read_bytes()))
     entries = {}
