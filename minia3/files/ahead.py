@@ -31,7 +31,7 @@ class Coming(Thread):
     """A thread that takes one item of an iterator."""
 
     def __init__(self, iterator):
-        super().__init__(name="read_ahead", daemon=True)  # which model/single_row.py knows
+        super().__init__(name="read_ahead", daemon=True)  # which model/processor.py knows
         self.iterator = iterator
         self.item = END
         self.error = None

@@ -6,9 +6,9 @@ a running sequence), `t5` and `llama` (how blocks become a model). The other fil
 padding, `packing` returns what it is given, recompute(f, x) returns f(x), and `Linear` computes
 what nn.Linear does.
 
-    save memory or time                activations, linear, packing, recompute, training_attention,
-                                       target_logprobs, single_row, huge_pages, static_state,
-                                       to_device, processor
+    save memory or time                activations, linear, packing, recompute, plain_attention,
+                                       exact_products, target_logprobs, single_row, huge_pages,
+                                       static_state, to_device, processor
     keep a base in less memory         quantized, shard
     choose and add vectors             more_vectors, site_names
     check that a row kept its adapter  adapter_rows

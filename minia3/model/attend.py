@@ -1,11 +1,12 @@
 """Attention itself: softmax(scale * q k^T + bias) v.
 
 PyTorch computes it (`F.scaled_dot_product_attention`), usually in one call. On a CPU, rows that lie
-end to end, without their padding, take one call each (packing.py). Only a single query per row, as
-in decoding on a CPU, takes plain products instead: in 16-bit dtypes (but not in bfloat16 on a
-processor with tiles for it, Intel's AMX), and in float32 for many rows, because PyTorch's kernel is
-slow there. In training on a CPU, so do dropout, and the backward pass of short texts in bfloat16
-(training_attention.py).
+end to end, without their padding, take one call each (packing.py). And there, PyTorch's kernel is
+slow for some kinds of attention, which are plain products instead:
+
+- a single query per row, as in decoding: in 16-bit dtypes (but not in bfloat16 on a processor with
+  tiles for it, Intel's AMX), and in float32 for many rows;
+- short texts in bfloat16, and dropout (plain_attention.py).
 
 Shapes: B batch, L query length, M memory length, H query heads, G key/value heads, N query heads
 per key/value head (H / G), Q queries of N heads (N * L), K head width, T real tokens of a batch.
@@ -17,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from minia3.model.plain_attention import attend_by_products, products_are_faster
 from minia3.model.processor import HAS_TILES, TORCH
-from minia3.model.training_attention import attend_in_training, is_faster_in_training
 
 LEAST_ROWS = 16  # with this many rows or more, plain products are faster in float32
 
@@ -119,10 +120,10 @@ def attend_with_one_query(q_BH1K, k_BGMK, v_BGMK, bias, scale):
 
 
 def fused(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, is_causal, dropout, scale):
-    """Return what `attend` returns, by PyTorch's function or, in training, by ours."""
+    """Return what `attend` returns, by PyTorch's function or by ours, whichever is faster."""
     # An `if`, because an older torch.compile does not take a comparison of sizes as a bool.
-    if is_faster_in_training(q_BHLK, k_BGMK, bias_BHLM, dropout):
-        return attend_in_training(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, is_causal, dropout, scale)
+    if products_are_faster(q_BHLK, k_BGMK, bias_BHLM, dropout):
+        return attend_by_products(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, is_causal, dropout, scale)
     has_groups = False
     if q_BHLK.shape[1] != k_BGMK.shape[1]:
         has_groups = True

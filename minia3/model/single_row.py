@@ -8,12 +8,11 @@ them up to twice as fast. For two rows it gains at most a fifth, and from three 
 too, and so it is on a processor with tiles for bfloat16 (AMX).
 """
 
-import threading
 from contextlib import contextmanager
 
 import torch
 
-from minia3.model.processor import TORCH, has_tiles
+from minia3.model.processor import TORCH, has_tiles, is_only_thread
 
 
 def has_fast_product():
@@ -31,11 +30,6 @@ def has_fast_product():
 
 
 HAS_FAST_PRODUCT = has_fast_product()
-
-# The names of threads that make no products: tqdm's, which every progress bar starts, and the one
-# that reads the next rows for `predict` (files/ahead.py). If the second counted, then the last bits
-# of an answer would depend on whether the rows had been read by then.
-HARMLESS_THREADS = ("tqdm_monitor", "read_ahead")
 
 
 @contextmanager
@@ -59,6 +53,4 @@ def is_faster_without_onednn(n_rows, weight):
     """Return whether oneDNN should be off for products of `n_rows` rows with such a weight."""
     is_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
     # The switch is for the whole process, and would make the products of other threads slow.
-    names = [thread.name for thread in threading.enumerate()]
-    is_alone = sum(name not in HARMLESS_THREADS for name in names) == 1
-    return HAS_FAST_PRODUCT and n_rows == 1 and is_on_cpu and is_alone
+    return HAS_FAST_PRODUCT and n_rows == 1 and is_on_cpu and is_only_thread()

@@ -81,7 +81,7 @@ def planned_memory(config, dtype, batch, length, is_training):
     Serving reads `batch` sources of `length` tokens and writes one token. Training is a step of the
     (IA)^3 recipe on such sources, with targets of TARGET_LENGTH tokens, once the optimizer has its
     moments. The kernels are PyTorch's for a CPU; other devices need about as much. (On short texts
-    in bfloat16, attention without dropout keeps less on a CPU: see training_attention.py.)
+    in bfloat16, attention without dropout keeps less on a CPU: see plain_attention.py.)
     """
     with FakeTensorMode():
         model = model_without_values(config, dtype)

@@ -4,8 +4,9 @@ python -m tests.benchmarks.attention --threads 1
 python -m tests.benchmarks.attention --threads 1 --dtype float32 --dropout 0.1
 
 Each row is the self-attention of one layer, or the cross-attention of a T5, on eight texts: a
-forward and a backward pass. The two take turns, and the table has medians. `--backward` leaves out
-the forward pass, which is PyTorch's own on both sides if there is no dropout.
+forward and a backward pass, or only one of them. The two take turns, and the table has medians. The
+forward pass is PyTorch's own on both sides if there is no dropout and the products would be slower
+on this processor. A forward pass on its own records no gradients.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import time
 
 import torch
 
-from minia3.model import attend, training_attention
+from minia3.model import attend, plain_attention
 
 N_TEXTS = 8
 # name: query heads, key/value heads, their width, queries, tokens that are seen
@@ -42,7 +43,7 @@ def make_parser():
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--backward", action="store_true", help="time the backward pass alone")
+    parser.add_argument("--only", choices=["forward", "backward"], help="time one pass alone")
     return parser
 
 
@@ -81,27 +82,30 @@ def compare(inputs, args):
     options = (args.dropout, scale)
     seconds = {}
     for _ in range(1 + args.rounds):
-        for function in (by_pytorch, training_attention.attend_in_training):
-            n = time_passes(function, (*inputs, *options), args.backward)
+        for function in (by_pytorch, plain_attention.attend_by_products):
+            n = time_passes(function, (*inputs, *options), args.only)
             seconds.setdefault(function, []).append(n)
     return [statistics.median(times[1:]) for times in seconds.values()]
 
 
 def by_pytorch(*args):
     """Return what `fused` returns without our own attention."""
-    chosen = attend.is_faster_in_training
-    attend.is_faster_in_training = lambda *_: False
+    chosen = attend.products_are_faster
+    attend.products_are_faster = lambda *_: False
     try:
         return attend.fused(*args)
     finally:
-        attend.is_faster_in_training = chosen
+        attend.products_are_faster = chosen
 
 
-def time_passes(attention, inputs, only_backward):
-    """Return the seconds of a forward and a backward pass, or of the backward pass alone."""
+def time_passes(attention, inputs, only):
+    """Return the seconds of a forward and a backward pass. only: "forward", "backward" or None."""
     start = time.perf_counter()
-    out_BHLK = attention(*inputs)
-    if only_backward:
+    with torch.set_grad_enabled(only != "forward"):
+        out_BHLK = attention(*inputs)
+    if only == "forward":
+        return time.perf_counter() - start
+    if only == "backward":
         start = time.perf_counter()
     torch.autograd.grad(out_BHLK, inputs[:3], torch.ones_like(out_BHLK))
     return time.perf_counter() - start

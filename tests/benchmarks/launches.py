@@ -81,7 +81,7 @@ class CountLaunches(PatchedMode):
             (norm, "backward", staticmethod(self.as_one(norm.backward))),
             (packing, "lies_end_to_end", lambda *args: False),
             (attend, "is_decoding_on_cpu", lambda *args: False),
-            (attend, "is_faster_in_training", lambda *args: False),
+            (attend, "products_are_faster", lambda *args: False),
             (linear, "HAS_TILES", False),
         )
 

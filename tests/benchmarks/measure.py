@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from minia3.model import linear, recompute, training_attention
+from minia3.model import linear, plain_attention, recompute
 from minia3.model.single_row import fast_products
 from minia3.training.device import device_module
 from tests.benchmarks.machine import n_others_busy
@@ -354,31 +354,29 @@ class Kernels(PatchedMode):
         if not self.are_all:
             return (weight_first,)
         norm = recompute._RMSNorm
-        plain, backward = F.rms_norm, norm.backward
-
-        def recorded_plain(*args):
-            self.record(plain, args)
-            return self.run_within(plain, *args)
-
-        def recorded_normalized(*args):
-            self.record(normalized, args)
-            return self.run_within(normalized, *args)
+        backward = norm.backward
 
         def recorded_backward(context, grad):
             self.record(norm_backward, (grad, *context.saved_tensors))
             return self.run_within(backward, context, grad)
 
-        def recorded_gradients(*args):
-            self.record(gradients_of_rows, args)
-            return self.run_within(gradients_of_rows, *args)
-
         return (
             weight_first,
-            (F, "rms_norm", recorded_plain),
-            (recompute, "normalized", recorded_normalized),
+            (F, "rms_norm", self.recorded(F.rms_norm)),
+            (recompute, "normalized", self.recorded(normalized)),
             (norm, "backward", staticmethod(recorded_backward)),
-            (training_attention, "gradients_of_rows", recorded_gradients),
+            (plain_attention, "outputs_of_rows", self.recorded(outputs_of_rows)),
+            (plain_attention, "gradients_of_rows", self.recorded(gradients_of_rows)),
         )
+
+    def recorded(self, function):
+        """Return a function that notes a call of `function`, and calls it."""
+
+        def run(*args):
+            self.record(function, args)
+            return self.run_within(function, *args)
+
+        return run
 
     def record_weight_first(self, x, weight):
         self.record_product(multiply_with_weight_first, x.flatten(0, -2), weight.T)
@@ -473,7 +471,8 @@ LINEAR_WITH_WEIGHT_FIRST = linear.linear_with_weight_first  # `Kernels` replaces
 PRODUCTS = (aten.mm.default, multiply_with_weight_first)
 
 # `Kernels` also replaces these.
-gradients_of_rows = training_attention.gradients_of_rows
+outputs_of_rows = plain_attention.outputs_of_rows
+gradients_of_rows = plain_attention.gradients_of_rows
 normalized = recompute.normalized
 
 

@@ -395,9 +395,7 @@ def watch(peer, loaded, tmp_path_factory):
         for name in OTHER_LLAMAS:
             train_and_write(loaded(name, n_adapters=3), word_tokenizer(ends=False))
         for name in ("t5-v1.0", "llama-gqa"):
-            train_steps(
-                loaded(name, n_adapters=3, dtype=torch.bfloat16)
-            )  # for training_attention.py
+            train_steps(loaded(name, n_adapters=3, dtype=torch.bfloat16))  # for plain_attention.py
         plan(loaded("llama-gqa"))  # which runs as above, on tensors without values
         for name in ("t5-v1.0", "llama-gqa"):
             run_elsewhere(loaded(name))

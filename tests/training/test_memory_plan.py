@@ -45,6 +45,14 @@ def counter_of(model, tokens_BL):
 # The equation
 
 
+@pytest.fixture
+def planned_attention(monkeypatch):
+    """The plan has our own attention only under dropout, on one core."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(attend, "products_are_faster", lambda q, k, bias, dropout: dropout > 0)
+
+
+@pytest.mark.usefixtures("planned_attention")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_the_plan_of_serving_equals_the_peak_of_a_real_step(kind, dtype):
@@ -70,13 +78,11 @@ def test_serving_keeps_nothing_of_an_encoder_but_its_output(kind):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("planned_attention")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_the_plan_of_training_equals_the_peak_of_real_steps(kind, dtype, monkeypatch):
+def test_the_plan_of_training_equals_the_peak_of_real_steps(kind, dtype):
     """Two steps, because Adafactor has its moments from the first one on."""
-    # The plan has our own attention only under dropout, on one core.
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr(attend, "is_faster_in_training", lambda q, k, bias, dropout: dropout > 0)
     model = real_model(CONFIGS[kind], dtype).train()
     freeze(model)
     optimizer = Adafactor(list(vectors(model).values()), lr=1e-3)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch.nn.functional as F
 
-from minia3.model import attend, recompute, training_attention
+from minia3.model import attend, plain_attention, recompute
 from tests.benchmarks.patched_mode import PatchedMode
 
 PRODUCTS = ("aten::mm", "aten::mv", "aten::bmm", "aten::addmm", "aten::baddbmm")
@@ -32,14 +32,14 @@ class KernelSeconds(PatchedMode):
     def replaced_functions(self):
         """Return the functions of norms, and attention that is written out, which count."""
         norm = recompute._RMSNorm
-        gradients_of_rows = training_attention.gradients_of_rows
+        gradients_of_rows = plain_attention.gradients_of_rows
         return (
             (F, "rms_norm", self.counted(F.rms_norm)),
             (recompute, "normalized", self.counted(recompute.normalized)),
             (norm, "backward", staticmethod(self.counted(norm.backward))),
             (attend, "attend_with_one_query", self.counted(attend.attend_with_one_query)),
-            (attend, "attend_in_training", self.counted(attend.attend_in_training)),
-            (training_attention, "gradients_of_rows", self.counted(gradients_of_rows)),
+            (attend, "attend_by_products", self.counted(attend.attend_by_products)),
+            (plain_attention, "gradients_of_rows", self.counted(gradients_of_rows)),
         )
 
     def counted(self, function):

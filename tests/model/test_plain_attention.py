@@ -1,4 +1,4 @@
-"""Attention for training on a CPU has the gradients of PyTorch's attention, and keeps less."""
+"""Attention as plain products is PyTorch's attention, has its gradients, and keeps less."""
 
 import pytest
 import torch
@@ -9,14 +9,28 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import minia3
 from minia3.model import attend as attend_module
-from minia3.model import training_attention
+from minia3.model import exact_products, plain_attention
+from minia3.model.plain_attention import attend_by_products, products_are_faster
 from minia3.model.sequence_state import mask_to_bias
-from minia3.model.training_attention import attend_in_training, is_faster_in_training
 from tests.benchmarks.measure import kept_for_backward
 
 N_ROWS = 5
 HEADS = [(4, 4), (6, 2), (3, 1)]
 BIASES = [None, "causal", "per head", "per row"]
+
+
+@pytest.fixture(params=[False, True], ids=["forward by PyTorch", "forward by products"])
+def both_forward_passes(request, monkeypatch):
+    choose_forward_pass(request.param, monkeypatch)
+
+
+def choose_forward_pass(are_exact, monkeypatch):
+    """Let this run as on a processor that has exact products of bfloat16 tensors, or has not."""
+    monkeypatch.setattr(
+        exact_products,
+        "are_products_exact",
+        lambda dtype: are_exact and dtype == torch.bfloat16,
+    )
 
 
 def make_inputs(n_heads, n_kv_heads, bias_kind, dtype):
@@ -61,28 +75,29 @@ def test_the_gradients_are_those_of_pytorch(
 ):
     qkv, bias, is_causal = make_inputs(n_heads, n_kv_heads, bias_kind, torch.float64)
     n_scores = n_heads * qkv[0].shape[2] * 12
-    monkeypatch.setattr(training_attention, "MOST_SCORES", n_at_once * n_scores // n_threads)
+    monkeypatch.setattr(plain_attention, "MOST_SCORES", n_at_once * n_scores // n_threads)
     monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
-    original = training_attention.gradients_of_rows
+    original = plain_attention.gradients_of_rows
     n_rows = []
 
     def spy(q_BHLK, *others):
         n_rows.append(len(q_BHLK))
         return original(q_BHLK, *others)
 
-    monkeypatch.setattr(training_attention, "gradients_of_rows", spy)
-    found = gradients_of(attend_in_training, qkv, bias, is_causal)
+    monkeypatch.setattr(plain_attention, "gradients_of_rows", spy)
+    found = gradients_of(attend_by_products, qkv, bias, is_causal)
     torch.testing.assert_close(found, gradients_of(by_pytorch, qkv, bias, is_causal))
     assert sum(n_rows) == N_ROWS
     assert n_rows[0] == n_at_once
 
 
+@pytest.mark.usefixtures("both_forward_passes")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias_kind", BIASES)
 @pytest.mark.parametrize(("n_heads", "n_kv_heads"), HEADS)
 def test_in_16_bits_they_are_close_to_those_of_float64(n_heads, n_kv_heads, bias_kind, dtype):
     qkv, bias, is_causal = make_inputs(n_heads, n_kv_heads, bias_kind, dtype)
-    ours = gradients_of(attend_in_training, qkv, bias, is_causal)
+    ours = gradients_of(attend_by_products, qkv, bias, is_causal)
     wide_qkv = [x.detach().double().requires_grad_() for x in qkv]
     wide_bias = bias if bias is None else bias.double()
     exact = gradients_of(by_pytorch, wide_qkv, wide_bias, is_causal)
@@ -92,12 +107,13 @@ def test_in_16_bits_they_are_close_to_those_of_float64(n_heads, n_kv_heads, bias
         assert (our - exactly).norm() < 2 * torch.finfo(dtype).eps * exactly.norm()
 
 
+@pytest.mark.usefixtures("both_forward_passes")
 def test_a_query_that_sees_nothing_leaves_all_gradients_finite():
     qkv, _, _ = make_inputs(4, 4, "per row", torch.bfloat16)
     is_seen_BLM = torch.ones(N_ROWS, 7, 12, dtype=torch.bool)
     is_seen_BLM[1, 2] = False
     bias = mask_to_bias(is_seen_BLM[:, None], torch.bfloat16)
-    out_BHLK = attend_in_training(*qkv, bias, False, 0.0, 0.3)
+    out_BHLK = attend_by_products(*qkv, bias, False, 0.0, 0.3)
     is_read_BHLK = torch.ones_like(out_BHLK)
     is_read_BHLK[1, :, 2] = 0.0
     found = torch.autograd.grad(out_BHLK, qkv, is_read_BHLK)
@@ -113,11 +129,12 @@ def test_a_query_that_sees_nothing_leaves_all_gradients_finite():
         assert gradient.isfinite().all()
 
 
+@pytest.mark.usefixtures("both_forward_passes")
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_nothing_but_the_inputs_and_the_mask_of_dropout_is_kept(dropout):
     qkv, bias, is_causal = make_inputs(6, 2, "per row", torch.bfloat16)
     n_kept = kept_for_backward(
-        lambda: attend_in_training(*qkv, bias, is_causal, dropout, 0.3), nn.Module()
+        lambda: attend_by_products(*qkv, bias, is_causal, dropout, 0.3), nn.Module()
     )
     mask_bytes = N_ROWS * 6 * 7 * 12 if dropout else 0
     assert n_kept == sum(x.nbytes for x in (*qkv, bias)) + mask_bytes
@@ -130,9 +147,9 @@ def test_dropout_leaves_out_the_weights_that_pytorch_leaves_out(
 ):
     qkv, bias, is_causal = make_inputs(n_heads, n_kv_heads, bias_kind, torch.float64)
     n_scores = n_heads * qkv[0].shape[2] * 12
-    monkeypatch.setattr(training_attention, "MOST_SCORES", 2 * n_scores // torch.get_num_threads())
+    monkeypatch.setattr(plain_attention, "MOST_SCORES", 2 * n_scores // torch.get_num_threads())
     results = []
-    for function in (attend_in_training, by_pytorch):
+    for function in (attend_by_products, by_pytorch):
         torch.manual_seed(1)
         results.append(gradients_of(function, qkv, bias, is_causal, dropout=0.4))
     torch.testing.assert_close(*results)
@@ -140,6 +157,7 @@ def test_dropout_leaves_out_the_weights_that_pytorch_leaves_out(
     assert not torch.allclose(results[0][0], without[0], rtol=0.1), "there was no dropout"
 
 
+@pytest.mark.usefixtures("both_forward_passes")
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_autocast_changes_nothing(dropout):
     """A user's own loop may call both passes within it."""
@@ -148,16 +166,26 @@ def test_autocast_changes_nothing(dropout):
     for is_enabled in (False, True):
         torch.manual_seed(1)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_enabled):
-            results.append(gradients_of(attend_in_training, qkv, bias, is_causal, dropout=dropout))
+            results.append(gradients_of(attend_by_products, qkv, bias, is_causal, dropout=dropout))
     same(*results, rtol=0, atol=0)
 
 
 def test_second_derivatives_are_refused():
     qkv, bias, is_causal = make_inputs(4, 4, None, torch.float64)
-    out_BHLK = attend_in_training(*qkv, bias, is_causal, 0.0, 0.3)
+    out_BHLK = attend_by_products(*qkv, bias, is_causal, 0.0, 0.3)
     (grad_q, *_) = torch.autograd.grad(out_BHLK.square().sum(), qkv, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad_q.sum().backward()
+
+
+@pytest.mark.parametrize("has_gradients", [False, True])
+def test_with_exact_products_pytorch_computes_nothing_of_short_texts(has_gradients, monkeypatch):
+    choose_forward_pass(True, monkeypatch)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", None)
+    qkv, bias, is_causal = make_inputs(6, 2, "per row", torch.bfloat16)
+    with torch.set_grad_enabled(has_gradients):
+        out_BHLK = attend_module.fused(*qkv, bias, is_causal, 0.0, 0.3)
+    assert out_BHLK.requires_grad == has_gradients
 
 
 SHORT = (1, 2, 3, 8)
@@ -178,15 +206,24 @@ SHORT = (1, 2, 3, 8)
         (True, {"shape": (1, 2, 448, 8), "dropout": 0.1}),
         (False, {"bias": torch.zeros(1, 1, 3, 3, requires_grad=True)}),
         (False, {"device": "meta"}),
-        (False, {"has_gradients": False}),
+        (False, {"has_gradients": False}),  # a single row with three queries
+        (False, {"has_gradients": False, "has_exact": True}),
+        (True, {"has_gradients": False, "has_exact": True, "shape": (2, 2, 3, 8)}),
+        (True, {"has_gradients": False, "has_exact": True, "shape": (1, 2, 48, 8)}),
+        (False, {"has_gradients": False, "has_exact": False, "shape": (2, 2, 48, 8)}),
+        (True, {"has_gradients": False, "has_exact": True, "shape": (2, 2, 948, 8)}),
+        (False, {"has_gradients": False, "has_exact": True, "shape": (2, 2, 949, 8)}),
+        (True, {"has_exact": True, "shape": (1, 2, 948, 8)}),  # 1,797,408 scores
+        (False, {"has_exact": True, "shape": (1, 2, 949, 8)}),  # 1,801,202
     ],
 )
-def test_it_is_used_on_a_cpu_where_it_is_faster(expected, changes):
+def test_it_is_used_on_a_cpu_where_it_is_faster(expected, changes, monkeypatch):
+    choose_forward_pass(changes.get("has_exact", False), monkeypatch)
     options = {"dtype": torch.bfloat16, "device": "cpu"}
     options |= {name: changes[name] for name in options if name in changes}
     q_BHLK = torch.zeros(changes.get("shape", SHORT), **options)
     with torch.set_grad_enabled(changes.get("has_gradients", True)):
-        found = is_faster_in_training(
+        found = products_are_faster(
             q_BHLK, q_BHLK, changes.get("bias"), changes.get("dropout", 0.0)
         )
     assert found == expected
@@ -195,8 +232,8 @@ def test_it_is_used_on_a_cpu_where_it_is_faster(expected, changes):
 def test_a_plan_of_memory_counts_it_only_under_dropout():
     with FakeTensorMode():
         q_BHLK = torch.zeros(SHORT, dtype=torch.bfloat16)
-        assert not is_faster_in_training(q_BHLK, q_BHLK, None, 0.0)
-        assert is_faster_in_training(q_BHLK, q_BHLK, None, 0.1)
+        assert not products_are_faster(q_BHLK, q_BHLK, None, 0.0)
+        assert products_are_faster(q_BHLK, q_BHLK, None, 0.1)
 
 
 @pytest.mark.parametrize("is_padded_first", [False, True])
@@ -212,9 +249,9 @@ def test_a_model_has_the_same_gradients_with_it(name, is_padded_first, loaded, m
 
     def attend_to_all(q_BHLK, *others):
         n_rows.append(len(q_BHLK))
-        return attend_in_training(q_BHLK, *others)
+        return attend_by_products(q_BHLK, *others)
 
-    monkeypatch.setattr(attend_module, "is_faster_in_training", lambda *_: True)
-    monkeypatch.setattr(attend_module, "attend_in_training", attend_to_all)
+    monkeypatch.setattr(attend_module, "products_are_faster", lambda *_: True)
+    monkeypatch.setattr(attend_module, "attend_by_products", attend_to_all)
     same(gradients(model, batch), expected, rtol=1e-10, atol=1e-12)
     assert max(n_rows) >= 3

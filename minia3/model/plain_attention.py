@@ -1,23 +1,27 @@
-"""Attention with a backward pass of plain products, for training on a CPU.
+"""Attention written as plain products, for a CPU: short texts in bfloat16, and dropout.
 
-Without dropout, the forward pass is PyTorch's. Its backward pass takes seven times as long as that,
-in bfloat16. For short texts (180 tokens with 12 heads), the products below are faster, and they
-keep less: neither the output nor the sums of the softmax.
+There, PyTorch's kernel takes up to twice as long as the products below, and its backward pass up to
+three times as long. They keep less for the backward pass, too: neither the output nor the sums of
+the softmax.
 
     S = scale q k^T + bias                  W = softmax(S)           out = W v
     dv = W^T dout                           dW = dout v^T
     dS = W * (dW - sum(W * dW))             dq = scale dS k          dk = scale dS^T q
 
-(Dao et al. 2022, arXiv 2205.14135, appendix B.2. Here dx is the gradient of x.) The backward pass
-computes W again, for a few rows at a time, so that it stays in a core's cache.
+(Dao et al. 2022, arXiv 2205.14135, appendix B.2. Here dx is the gradient of x.) Both passes compute
+W for a few rows at a time, so that it stays in a core's cache.
+
+In the forward pass, PyTorch's kernel is the faster one for a single short row, and on a processor
+without fast scores (exact_products.py). So it is in both passes for long texts: with 12 heads, more
+than 387 tokens, or 180 without fast scores. In float16, PyTorch is faster, at least on a processor
+without instructions for it.
 
 Dropout replaces W by W * Z in `out` and in `dv`, and multiplies dW by Z, whose entries are 0 or
 1 / (1 - dropout). PyTorch has no kernel of this for a CPU: it computes and keeps W, W * Z and a
-mask. So with dropout, the forward pass is written here, too, and keeps only the mask, whatever the
-length of the texts.
+mask. So with dropout, both passes are these products, whatever the length of the texts and in
+float32, too, and only the mask is kept.
 
-tests/benchmarks/attention.py compares the times. In float16, PyTorch is faster, at least on a
-processor without instructions for it.
+tests/benchmarks/attention.py compares the times.
 
 Shapes: B batch, L query length, M memory length, H query heads, G key/value heads, N query heads
 per key/value head (H / G), Q queries of N heads (N * L), K head width, P pairs of a row and a
@@ -31,20 +35,26 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-# Scores of a row, or of a few rows at once (1.6 MB in float32). With more, and without dropout,
-# PyTorch is faster.
+from minia3.model import exact_products
+
+# Scores of a few rows at once (1.6 MB in float32). If a single row has more, and there is no
+# dropout, then PyTorch is faster.
 MOST_SCORES = 400_000
+MOST_SCORES_IF_EXACT = 1_800_000  # the same limit where products are exact
+LEAST_QUERIES = 48  # of a single row: with fewer, PyTorch's forward pass is faster
 
 
-def is_faster_in_training(q_BHLK, k_BGMK, bias_BHLM, dropout):
-    """Return whether `attend_in_training` can compute this, and faster than PyTorch.
+def products_are_faster(q_BHLK, k_BGMK, bias_BHLM, dropout):
+    """Return whether `attend_by_products` can compute this, and faster than PyTorch.
 
     It has no gradient of the bias, which only full fine-tuning of a T5 asks for. A plan of memory
     (memory_plan.py) runs on fake tensors. Without dropout, it counts what PyTorch's kernels keep,
     as a GPU has them.
     """
     is_plain = type(q_BHLK) is torch.Tensor or (dropout > 0 and isinstance(q_BHLK, FakeTensor))
-    if not is_plain or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if not is_plain or torch.compiler.is_compiling():
+        return False
+    if not torch.is_grad_enabled() and (dropout > 0 or not is_forward_faster(q_BHLK)):
         return False
     if bias_BHLM is not None and bias_BHLM.requires_grad:
         return False
@@ -52,17 +62,27 @@ def is_faster_in_training(q_BHLK, k_BGMK, bias_BHLM, dropout):
     is_empty = len(q_BHLK) * n_scores == 0
     if is_empty or q_BHLK.device.type != "cpu" or q_BHLK.dtype == torch.float16:
         return False
-    return dropout > 0 or (q_BHLK.dtype == torch.bfloat16 and n_scores <= MOST_SCORES)
+    most_scores = MOST_SCORES
+    if exact_products.are_products_exact(q_BHLK.dtype):
+        most_scores = MOST_SCORES_IF_EXACT
+    return dropout > 0 or (q_BHLK.dtype == torch.bfloat16 and n_scores <= most_scores)
+
+
+def is_forward_faster(q_BHLK):
+    """Return whether the products of the forward pass are faster than PyTorch, without dropout."""
+    n_rows, _, n_queries, _ = q_BHLK.shape
+    is_large = n_rows > 1 or n_queries >= LEAST_QUERIES
+    return is_large and exact_products.are_products_exact(q_BHLK.dtype)
 
 
 def n_scores_of_row(q_BHLK, k_BGMK):
     return q_BHLK.shape[1] * q_BHLK.shape[2] * k_BGMK.shape[2]
 
 
-def attend_in_training(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, is_causal, dropout, scale):
+def attend_by_products(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, is_causal, dropout, scale):
     """Return what `fused` in attend.py returns."""
     options = Options(is_causal, dropout, scale)
-    return _TrainingAttention.apply(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, options)
+    return _PlainAttention.apply(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, options)
 
 
 class Options(NamedTuple):
@@ -71,12 +91,18 @@ class Options(NamedTuple):
     scale: float
 
 
-class _TrainingAttention(torch.autograd.Function):
+class _PlainAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_BHLK, k_BGMK, v_BGMK, bias_BHLM, options):
         ctx.options = options
-        if options.dropout == 0:
-            ctx.save_for_backward(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, None)
+        is_kept_BHLM = None
+        if options.dropout > 0:
+            # PyTorch draws in the same way, so with the same seed it keeps the same weights.
+            scores_shape = (*q_BHLK.shape[:3], k_BGMK.shape[2])
+            is_kept_BHLM = q_BHLK.new_empty(scores_shape, dtype=torch.bool)
+            is_kept_BHLM.bernoulli_(1 - options.dropout)
+        ctx.save_for_backward(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, is_kept_BHLM)
+        if options.dropout == 0 and not is_forward_faster(q_BHLK):
             return F.scaled_dot_product_attention(
                 q_BHLK,
                 k_BGMK,
@@ -86,15 +112,10 @@ class _TrainingAttention(torch.autograd.Function):
                 scale=options.scale,
                 enable_gqa=q_BHLK.shape[1] != k_BGMK.shape[1],
             )
-        scores_shape = (*q_BHLK.shape[:3], k_BGMK.shape[2])
-        # PyTorch draws in the same way, so with the same seed it keeps the same weights.
-        is_kept_BHLM = q_BHLK.new_empty(scores_shape, dtype=torch.bool)
-        is_kept_BHLM.bernoulli_(1 - options.dropout)
-        ctx.save_for_backward(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, is_kept_BHLM)
         bias_BHLM = finite_bias(bias_BHLM, options.is_causal, q_BHLK, k_BGMK)
         rows = a_few_rows(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, is_kept_BHLM)
         with without_autocast():
-            return torch.cat([attend_with_dropout(*x, options) for x in rows])
+            return torch.cat([outputs_of_rows(*x, options) for x in rows])
 
     @staticmethod
     @once_differentiable
@@ -140,13 +161,16 @@ def finite_bias(bias_BHLM, is_causal, q_BHLK, k_BGMK):
     return bias_BHLM.expand(n_rows, -1, -1, -1)
 
 
-def attend_with_dropout(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, is_kept_BHLM, options):
-    """Return what attention returns if it keeps only these weights."""
+def outputs_of_rows(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, is_kept_BHLM, options):
+    """Return what attention returns. is_kept_BHLM: None, or the weights that dropout keeps."""
     weights_BHLM = attention_weights(q_BHLK, k_BGMK, bias_BHLM, options.scale)
-    weights_BHLM.mul_(is_kept_BHLM)
+    if is_kept_BHLM is not None:
+        weights_BHLM.mul_(is_kept_BHLM)
     n_pairs = k_BGMK.shape[0] * k_BGMK.shape[1]
     out_PQK = in_pairs(weights_BHLM.to(v_BGMK.dtype), n_pairs) @ in_pairs(v_BGMK, n_pairs)
-    return out_PQK.div_(1 - options.dropout).view_as(q_BHLK)
+    if is_kept_BHLM is not None:
+        out_PQK.div_(1 - options.dropout)
+    return out_PQK.view_as(q_BHLK)
 
 
 def gradients_of_rows(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, is_kept_BHLM, grad_BHLK, options):
@@ -181,10 +205,13 @@ def attention_weights(q_BHLK, k_BGMK, bias_BHLM, scale):
     """Return softmax(scale q k^T + bias) (B, H, L, M), in float32 or wider."""
     wide = torch.promote_types(q_BHLK.dtype, torch.float32)
     n_pairs = k_BGMK.shape[0] * k_BGMK.shape[1]
-    q_PQK = in_pairs(q_BHLK, n_pairs).to(wide) * scale
-    scores_PQM = q_PQK @ in_pairs(k_BGMK, n_pairs).to(wide).mT
+    q_PQK = in_pairs(q_BHLK, n_pairs).to(wide)
+    k_PMK = in_pairs(k_BGMK, n_pairs).to(wide)
+    with exact_products.exact_products(q_BHLK.dtype):
+        scores_PQM = q_PQK @ k_PMK.mT
     scores_BHLM = scores_PQM.view(*q_BHLK.shape[:3], k_BGMK.shape[2])
-    return scores_BHLM.add_(bias_BHLM).softmax(-1)
+    torch.add(bias_BHLM, scores_BHLM, alpha=scale, out=scores_BHLM)
+    return scores_BHLM.softmax(-1)
 
 
 def in_pairs(x_BHLK, n_pairs):
