@@ -79,7 +79,8 @@ def load_adapter(model, folder_or_file, adapter=0):
 
     folder_or_file: a PEFT folder, a file, or a hub id; see `read_adapter`. Vectors that it lacks
     become ones. Vectors that the model lacks (more_vectors.py) are added to it, as ones in its
-    other rows.
+    other rows. A thread that is answering with this row is not told: a server loads with
+    `Adapters.load`, which is.
 
     Raise ValueError if there is no such row, if the adapter cannot be read or does not fit, or if
     the model is merged and keeps l_ff in row 0; the model stays as it was. Warn if the adapter

@@ -24,9 +24,16 @@ def add_model(parser):
 def add_adapter_option(parser):
     parser.add_argument(
         "--adapter",
-        type=expand_home,
+        type=adapter_path,
         help="folder, file or hub id of an adapter (default: none)",
     )
+
+
+def adapter_path(text):
+    """Read --adapter. An empty text, such as an unset variable of a script, is not the base."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a folder, file or hub id, found an empty text")
+    return expand_home(text)
 
 
 def add_new_folder(parser):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minia3.cli.arguments import (
+    adapter_path,
     add_device_options,
     add_max_new_tokens,
     add_model,
@@ -50,7 +51,7 @@ def add_arguments(parser):
     )
     parser.add_argument(
         "--adapter",
-        type=expand_home,
+        type=adapter_path,
         help="folder, file or hub id of an adapter for all rows, or a folder of adapters for "
         "rows that name them",
     )
@@ -451,17 +452,17 @@ class Prediction:
                 yield json.dumps(values) + "\n"
 
     @functools.cached_property
-    def columns_of_file(self):
-        """The columns of the file of rows. A row of a .csv file lacks those that are empty, and a
-        row of JSON may lack those of other rows.
+    def known_columns(self):
+        """The columns of the file of rows and, in `select`, of the rows so far. A row of a .csv
+        file lacks those that are empty, and a row of JSON may lack those of other rows.
         """
         from minia3.tasks.row_files import column_names, read_rows
         from minia3.tasks.rows import columns_of_rows
 
         if not Path(self.args.file).is_file():
-            return []  # a pipe can be read only once
+            return set()  # a pipe can be read only once
         columns = column_names(self.args.file)
-        return columns or columns_of_rows(row for _, row in read_rows(self.args.file))
+        return set(columns or columns_of_rows(row for _, row in read_rows(self.args.file)))
 
     def warn_once(self, name):
         """Warn if an adapter writes that was not trained to stop. name: of the adapter, or None."""
@@ -484,8 +485,9 @@ class Prediction:
         fields |= dict.fromkeys(self.forms.result_fields) | result
         if fields.get("adapter") is None:
             fields["adapter"] = row_input.adapter
+        self.known_columns.update(fields)
         for field in columns.values():
-            if field not in fields and field not in self.columns_of_file:
+            if field not in self.known_columns:
                 found = ", ".join(csv_line([name]).rstrip() for name in fields)
                 message = f"--columns: {field!r} is not in row {result['idx']}"
                 raise ValueError(f"{message}; it has {found}")

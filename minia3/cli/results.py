@@ -40,6 +40,7 @@ UNNAMED_FLAGS = {
     *("micro_batch_size", "eval_batch_size", "save_every"),
     *NOT_FLAGS,
 }
+LORA_SHAPE = {"rank", "alpha", "where"}
 LENGTHS = ("steps", "epochs")  # a result keeps one of them: see `choose_lengths`
 TASK_FLAGS = ("input", "target", "labels", "metric", "chat_template")  # which suit a single task
 # How a result was evaluated, whatever the method
@@ -456,6 +457,8 @@ def select_flags(run, final):
         names &= {"adapter", *EVALUATION_FLAGS}
         if method_of(run, final) == "none":  # shots are rows to train on, or to put before a row
             names -= {"shots"}
+    if values.get("adapter") is not None:
+        names -= LORA_SHAPE  # a LoRA that trains on has the shape of the one it began with
     flags = {name: value for name, value in values.items() if name in names}
     if is_mixture(run.config):
         flags["mixture"] = "+".join(short_name(task) for task in run.config["task"])

@@ -12,6 +12,9 @@ from numbers import Integral, Real
 
 from minia3.files.read import one_line
 
+INTEGERS = ("max_new_tokens", "beams", "samples", "batch_size", "top_k")
+NUMBERS = ("temperature", "top_p", "length_penalty")
+
 
 @dataclass(frozen=True)
 class Options:
@@ -32,6 +35,11 @@ class Options:
     batch_size: int = 16
     compile: bool = False
     first_prompt: int = 0
+
+    def __post_init__(self):
+        """Replace numbers of NumPy and torch by Python's, whose sums and products are exact."""
+        for name in (*INTEGERS, *NUMBERS, "seed"):
+            object.__setattr__(self, name, as_python_number(getattr(self, name)))
 
     @property
     def stops(self):
@@ -64,10 +72,10 @@ class Options:
             )
 
     def check_types(self):
-        for name in ("max_new_tokens", "beams", "samples", "batch_size", "top_k"):
+        for name in INTEGERS:
             value = getattr(self, name)
             expect(is_integer(value), name, value, "an integer")
-        for name in ("temperature", "top_p", "length_penalty"):
+        for name in NUMBERS:
             value = getattr(self, name)
             expect(is_number(value), name, value, "a number")
         are_texts = isinstance(self.stop, Collection) and all(map(is_stop, self.stops))
@@ -112,6 +120,15 @@ def is_integer(value):
 def is_number(value):
     """Return whether a value is a number, also in a tensor or an array that holds only this one."""
     return isinstance(value, Real) or getattr(value, "ndim", None) == 0
+
+
+def as_python_number(value):
+    """Return a number as an int or a float, and everything else, such as True, as it is."""
+    if is_integer(value) and not isinstance(value, bool):
+        return operator.index(value)
+    if is_number(value) and not isinstance(value, bool):
+        return float(value)
+    return value
 
 
 def is_stop(text):

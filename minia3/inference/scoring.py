@@ -26,6 +26,7 @@ from minia3.files.ahead import one_ahead
 from minia3.files.processes import combine, share
 from minia3.files.progress import progress
 from minia3.files.read import one_line
+from minia3.inference.options import expect, is_integer
 from minia3.model.adapter_rows import as_numbers
 from minia3.model.llama import Llama
 from minia3.model.packing import NO_PACKING, Packing, spread, true_places
@@ -381,8 +382,8 @@ def batches_by_length(lengths, adapter, batch_size, choose_share=share):
     None, an int, or (N,) long. choose_share: the function that returns this process's share of the
     batches (processes.py). Raise ValueError if there is not one adapter for each row.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, expected 1 or more")
+    expect(is_integer(batch_size), "batch_size", batch_size, "an integer")
+    expect(batch_size >= 1, "batch_size", batch_size, "1 or more")
     if adapter is None:
         adapter = 0
     adapters = as_numbers(adapter)

@@ -233,7 +233,7 @@ def values_of_object(text: JsonText) -> Iterator:
                 pass  # a list of something else
         elif list_name is None:
             list_name = name
-            yield from values_of_list(text)
+            yield from rows_of_list(values_of_list(text), name)
         else:
             raise ValueError(
                 f"two lists of objects, {list_name!r:.40} and {name!r:.40}: keep one of them, or "
@@ -253,6 +253,28 @@ def values_of_object(text: JsonText) -> Iterator:
             f"found an object with {', '.join(map(repr, names)) or 'nothing':.80} "
             "(pandas writes such a list with orient='records')"
         )
+
+
+def rows_of_list(values: Iterable, name: str) -> Iterator:
+    """Yield the values. Raise ValueError if they are the messages of a single conversation.
+
+    name: of the list.
+    """
+    for number, value in enumerate(values):
+        if number == 0 and is_message(value):
+            raise ValueError(
+                f"{name!r:.40} is a conversation, not a list of rows: write [ before the object "
+                "and ] after it, or put it into a line of a .jsonl file"
+            )
+        yield value
+
+
+def is_message(value: dict) -> bool:
+    """Return whether an object is a message of a conversation, in either form (messages.py).
+
+    An object that has something else, too, may be a row.
+    """
+    return set(value) in ({"role", "content"}, {"from", "value"})
 
 
 def is_json_lines(file: BinaryIO) -> bool:

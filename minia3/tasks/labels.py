@@ -80,7 +80,10 @@ def label_text(value) -> str | None:
         raise ValueError("expected a label: a word, a number, true or false")
     text = str(value).strip()
     integral = INTEGER_AS_FLOAT.fullmatch(text)
-    return integral[1] if integral else text or None
+    text = integral[1] if integral else text
+    if text == "-0":  # a float has two zeros
+        text = "0"
+    return text or None
 
 
 def label_key(value) -> str | None:

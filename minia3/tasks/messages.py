@@ -7,7 +7,8 @@ A checkpoint's chat template turns them into text (checkpoints/chat.py).
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from minia3.tasks.json_rows import parse_json
 
@@ -162,7 +163,8 @@ def fit_chat(row: dict, tokenizer, max_length: int):
     tools = row.get("tools")
 
     def count_tokens(part):
-        return tokenizer.count_chat(part, tools)
+        with naming_row(row, part):
+            return tokenizer.count_chat(part, tools)
 
     last_answer = max(i for i, message in enumerate(messages) if is_learned(message))
     has_more = last_answer < len(messages) - 1
@@ -175,15 +177,24 @@ def fit_chat(row: dict, tokenizer, max_length: int):
             f"row {row['idx']} does not fit into max_length {max_length}: "
             f"its last learned exchange alone has {n_tokens} tokens: raise max_length"
         )
-    try:
+    with naming_row(row, fitted):
         encoded = tokenizer.conversation(fitted, tools)
-    except ValueError as error:
-        # The error counts the messages that are left.
-        part = "" if len(fitted) == len(row["messages"]) else ", the turns that fit into max_length"
-        raise ValueError(f"row {row['idx']}{part}: {error}") from None
     if not any(encoded.is_scored):
         raise ValueError(f"row {row['idx']}: the chat template leaves out what the assistant wrote")
     return encoded, fitted is not messages
+
+
+@contextmanager
+def naming_row(row: dict, part: list[dict]) -> Iterator[None]:
+    """Let a message of the chat template say which row it is about.
+
+    part: the messages that the template is given, and which its message may count.
+    """
+    try:
+        yield
+    except ValueError as error:
+        turns = "" if len(part) == len(row["messages"]) else ", the turns that fit into max_length"
+        raise ValueError(f"row {row['idx']}{turns}: {error}") from None
 
 
 def fit_question(row: dict, tokenizer, max_length: int) -> tuple[list[int], bool]:

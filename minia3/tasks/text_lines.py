@@ -89,8 +89,18 @@ def decode(line: bytes, is_first: bool) -> str:
         raise ValueError(explain_bytes(line, is_first, error)) from None
     if "\0" in text:
         # UTF-16 without a byte order mark looks like this, and so does a file that a crash left.
-        raise ValueError("a null byte: expected text in UTF-8, so save the file as UTF-8")
+        null_byte = "a null byte: expected text in UTF-8, so save the file as UTF-8"
+        raise ValueError(explain_beginning(line, is_first) or null_byte)
     return text
+
+
+def explain_beginning(content: bytes, is_first: bool) -> str:
+    """Return what a file is whose first bytes are known, or an empty text."""
+    if is_first:
+        for magic, meaning in MAGIC.items():
+            if content.startswith(magic):
+                return f"not UTF-8, but {meaning}"
+    return ""
 
 
 def explain_bytes(content: bytes, is_first: bool, error: UnicodeDecodeError) -> str:
@@ -98,10 +108,9 @@ def explain_bytes(content: bytes, is_first: bool, error: UnicodeDecodeError) -> 
 
     is_first: whether the bytes are the beginning of a file.
     """
-    if is_first:
-        for magic, meaning in MAGIC.items():
-            if content.startswith(magic):
-                return f"not UTF-8, but {meaning}"
+    known = explain_beginning(content, is_first)
+    if known:
+        return known
     byte = content[error.start]
     # Texts of Windows in Latin letters are cp1252, which has all letters of latin-1. As latin-1,
     # their dashes and curly quotes would become control characters.

@@ -95,6 +95,8 @@ def as_flag(field, value, is_single=False):
     """
     if isinstance(value, str):
         return read_text(field, value, is_single)
+    if field.name in TEXTS_OF_PARTS and type(value) in (int, float):
+        return str(value)  # `layers = 1` is --layers 1
     if not isinstance(value, list | tuple | range):
         return value
     if field.name in TEXTS_OF_PARTS:

@@ -21,6 +21,7 @@ from minia3.training.checkpoint import (
     steps_of_states,
 )
 from minia3.training.choices import TRAINED_ALONE
+from minia3.training.grid import expand_grid
 
 
 def extend(saved, config, n_steps):
@@ -28,8 +29,7 @@ def extend(saved, config, n_steps):
 
     saved: its last Checkpoint. n_steps: from `steps_done`. All cells train on, also those of a
     stopped run that have a result already or have run out of patience. Raise ValueError if the run
-    has done more steps already, if it lacks the state to continue from, or if no cell of its first
-    group can train on.
+    has done more steps already, if it lacks the state to continue from, or if no cell can train on.
     """
     if not config.is_training:
         raise ValueError("--steps extends training, and this run trains nothing")
@@ -45,12 +45,19 @@ def extend(saved, config, n_steps):
         folder = Path(config.resume)
         with reading(folder / "checkpoint.pt", damage_in(folder)):
             group = reopen_cells(saved.group)
-    if all(cell["progress"].get("divergence") for cell in group["cells"]):
+    # Cells that train one after the other are a group each, and another one may train on.
+    is_only_group = len(group["cells"]) == len(expand_grid(config, config.axes))
+    if is_only_group and all(became_nan(cell["progress"]) for cell in group["cells"]):
         found = f"the loss of {config.resume} became NaN, so nothing is left to train"
         raise ValueError(f"{found}: begin a new run with a lower --lr")
     return dataclasses.replace(
         saved, is_finished=False, n_done=0, finals=[], failure=None, group=group
     )
+
+
+def became_nan(progress):
+    """Return whether the training of a cell ended early, with or without a result."""
+    return bool(progress.get("divergence") or progress.get("failure"))
 
 
 def steps_done(saved, config):

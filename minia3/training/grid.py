@@ -112,7 +112,7 @@ def set_steps(config, cells):
     if len(n_steps) > 1:
         raise ValueError(
             f"--epochs {config.epochs} is {n_steps[0]} to {n_steps[-1]} steps for the adapters of "
-            "this grid, which train together: give --steps"
+            "this grid, and a grid has one number of steps: give --steps"
         )
     for cell in cells:
         cell.config = dataclasses.replace(cell.config, steps=n_steps[0])

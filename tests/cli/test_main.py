@@ -197,6 +197,8 @@ def test_prompts_and_flags_come_in_any_order(words):
         (["generate", "tiny-t5", "--dtype", "float17", "x"], ["float17", "float32"]),
         (["generate", "tiny-t5", "--device", "tpu", "x"], ["--device is 'tpu'", "cpu"]),
         (["generate", "tiny-t5", "--adapter", "nowhere", "x"], ["nowhere"]),
+        (["generate", "tiny-t5", "--adapter", "", "x"], ["--adapter", "found an empty text"]),
+        (["predict", "tiny-t5", "rows.jsonl", "--adapter", ""], ["found an empty text"]),
         (["predict", "tiny-t5", "nowhere.jsonl"], ["nowhere.jsonl", "not found"]),
         (["predict", "tiny-t5", "nowhere.jsonl", "--task", "rtx"], ["--task is 'rtx'", "rte"]),
         (["merge", "tiny-t5", "nowhere", "out"], ["nowhere"]),

@@ -104,6 +104,16 @@ def test_results_with_the_same_label_share_a_row(tmp_path):
     assert [np.isnan(row.cells["cb"].median) for row in rows] == [False, True, True, True]
 
 
+def test_a_lora_that_trains_on_is_not_called_by_the_flags_of_a_new_one(tmp_path):
+    make_run(tmp_path / "a", [{"trainable": 500}], method="lora", rank=4, where="q")
+    make_run(tmp_path / "b", [{"trainable": 500}], method="lora", rank=16, where="q")
+    make_run(tmp_path / "c", [{"trainable": 500}], method="lora", adapter="a/adapter", rank=8)
+    rows, _ = table_rows([tmp_path])
+    labels = [row.method for row in rows]
+    assert sum("rank" in label for label in labels) == 2, "c has the rank of a"
+    assert not any("rank 8" in label for label in labels)
+
+
 def test_a_grid_is_one_row_even_if_shots_differ_on_one_of_its_tasks(tmp_path):
     finals = [{"task": task, "adapter": task} for task in ("rte", "cb")]
     make_run(tmp_path / "grid", finals, task=["rte", "cb"], shots=8)

@@ -925,10 +925,30 @@ def test_options_may_be_numbers_of_numpy_and_torch(both, integer, number):
     assert write(integer(3), number(0.5)) == write(3, 0.5)
 
 
-def test_a_seed_may_be_an_integer_of_numpy(both):
+@pytest.mark.parametrize("integer", [np.int64, np.uint64, torch.tensor])
+def test_a_seed_may_be_an_integer_of_numpy_or_torch(both, integer):
     options = {"max_new_tokens": 4, "temperature": 2.0}
     expected = generate(both.model, both.tokenizer, PROMPTS, seed=3, **options)
-    assert generate(both.model, both.tokenizer, PROMPTS, seed=np.int64(3), **options) == expected
+    assert generate(both.model, both.tokenizer, PROMPTS, seed=integer(3), **options) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("max_new_tokens", np.int64(3), 3),
+        ("max_new_tokens", torch.tensor(3), 3),
+        ("samples", np.uint8(200), 200),  # whose product with a number of rows would overflow
+        ("beams", np.array(2), 2),
+        ("length_penalty", np.float16(0.5), 0.5),
+        ("top_p", torch.tensor(0.5), 0.5),
+        ("temperature", 1, 1),
+        ("seed", None, None),
+        ("seed", np.uint64(5), 5),
+    ],
+)
+def test_numbers_of_numpy_and_torch_become_those_of_python(name, value, expected):
+    found = getattr(Options(**{name: value}), name)
+    assert (found, type(found)) == (expected, type(expected))
 
 
 def test_the_keys_and_values_of_a_prompt_are_kept_once(both, monkeypatch):

@@ -803,6 +803,24 @@ def test_a_column_of_the_results_has_the_values_of_the_file_also_if_the_model_re
     assert (tmp_path / "out.csv").read_text().splitlines()[1] == "3.0,true,[2.0],4.0,"
 
 
+def test_a_pipe_may_have_rows_that_lack_a_column_of_others(tmp_path, capsys):
+    rows = [{"input": "w3", "note": "a"}, {"input": "w4"}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+    def read_pipe(read, columns):
+        reading, writing = os.pipe()
+        os.write(writing, lines)
+        os.close(writing)
+        try:
+            words = [running.model("t5"), f"/dev/fd/{reading}", "--columns", columns]
+            return read(capsys, *words, "--max-new-tokens", 1)
+        finally:
+            os.close(reading)
+
+    assert read_pipe(predicted, "note") == [{"note": "a"}, {"note": None}]
+    assert "'nope' is not in row 0" in read_pipe(fails, "nope")
+
+
 def test_a_name_that_is_given_twice_is_no_column_of_the_results(tmp_path, capsys):
     file = write(tmp_path / "rows.jsonl", running.rows(1))
     # This is found before the model, which does not exist.

@@ -385,6 +385,11 @@ def test_rank_refuses_a_batch_size_below_1(both, batch_size):
         minia3.rank(both.model, both.tokenizer, PROMPTS, LISTS, batch_size=batch_size)
 
 
+def test_rank_refuses_a_batch_size_that_is_no_integer(both):
+    with pytest.raises(ValueError, match=r"batch_size is 2\.5, expected an integer"):
+        minia3.rank(both.model, both.tokenizer, PROMPTS, LISTS, batch_size=2.5)
+
+
 # Logits in parts
 
 SCORING = "minia3.inference.scoring"

@@ -56,6 +56,11 @@ def test_a_short_list_is_read(text):
     assert read(text) == numbered(expected)
 
 
+def test_a_table_may_have_the_columns_of_a_message_beside_others():
+    row = {"role": "user", "content": "a", "label": 1}
+    assert read(json.dumps({"rows": [row]})) == [(1, row)]
+
+
 def test_a_value_that_is_not_an_object_is_an_error_that_does_not_stop_the_reading():
     found = read('[{"a": 1}, 12, ["b"], {"a": 2}]')
     assert found == [
@@ -91,6 +96,16 @@ def test_a_value_that_is_not_an_object_is_an_error_that_does_not_stop_the_readin
         (" \n", 0, "expected a list of objects, found the end of the file"),
         ("{}", 0, "expected a list of objects, or an object with such a list; found .* nothing"),
         ('{"a": ["b"], "c": {"0": 1}}', 0, "found an object with 'a', 'c' .*orient='records'"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": ""}]}',
+            0,
+            "'messages' is a conversation, not a list of rows: write .* before the object",
+        ),
+        (
+            '{"id": 1, "conversations": [{"from": "human", "value": "a"}]}',
+            0,
+            "'conversations' is a",
+        ),
         ('{"a" 1}', 0, "not JSON: expected ':', found '1}'"),
         ('{1: [{"a": 2}]}', 0, "not JSON: expected a text, found 1"),
     ],

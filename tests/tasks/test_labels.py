@@ -456,6 +456,7 @@ def test_a_list_as_a_label_is_answered_with_how_to_take_its_first_item(tmp_path)
     [
         *((1, "1"), (1.0, "1"), ("1.0", "1"), ("2.00", "2"), (1.5, "1.5"), ("1.05", "1.05")),
         *((" a ", "a"), (True, "true"), ("", None)),
+        *((-0.0, "0"), ("-0.0", "0"), ("-0", "0"), (-1.0, "-1"), (-0.5, "-0.5")),
     ],
 )
 def test_a_label_is_a_text(value, text):

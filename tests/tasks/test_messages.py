@@ -325,6 +325,13 @@ def test_what_is_wrong_with_the_template_names_the_row():
     with pytest.raises(ValueError, match=r"\Arow 7: chat_template: message 0 changes\Z"):
         fit_chat(row(turns("q", "a")), Refusing(), 99)
 
+    class RefusingCount(Letters):
+        def count_chat(self, messages, tools=None):
+            raise ValueError("chat_template: message 0 changes")
+
+    with pytest.raises(ValueError, match=r"\Arow 7: chat_template: message 0 changes\Z"):
+        fit_chat(row(turns("q", "a")), RefusingCount(), 99)
+
     class RefusingLong(Refusing):
         def count_chat(self, messages, tools=None):
             return len(messages)

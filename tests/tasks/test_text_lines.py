@@ -46,6 +46,7 @@ def test_the_command_of_the_message_makes_the_file_utf_8(tmp_path, encoding, tex
         (b"\x1f\x8b\x08\xff", "a gzip file: add .gz to its name"),
         (b"PK\x03\x04\xff", "a zip or Excel file: save the table as .csv"),
         (b"PAR1\xff", "a parquet file: name it .parquet"),
+        (b"PAR1\x15\0\x15", "a parquet file: name it .parquet"),  # a small one may be UTF-8
         ("a".encode("utf-16-be"), "a null byte"),
         (b"\xfe\xff\0a", "UTF-16: save"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
@@ -55,6 +56,10 @@ def test_the_command_of_the_message_makes_the_file_utf_8(tmp_path, encoding, tex
 def test_a_file_under_the_wrong_name_is_recognized_by_its_first_bytes(content, words):
     with pytest.raises(ValueError, match=words):
         list(LineReader(io.BytesIO(content)))
+
+
+def test_a_table_may_have_a_column_with_the_name_of_a_format():
+    assert list(LineReader(io.BytesIO(b"PAR1,PAR2\n1,2\n"))) == ["PAR1,PAR2\n", "1,2\n"]
 
 
 def test_the_first_bytes_of_a_later_line_mean_nothing():

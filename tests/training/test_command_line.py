@@ -252,6 +252,12 @@ def test_a_list_in_a_file_is_a_text_with_commas_for_a_flag_of_several_parts(tmp_
     assert config == train.Config(**expected)
 
 
+def test_a_number_in_a_file_is_a_text_for_a_flag_of_several_parts(tmp_path):
+    file = tmp_path / "flags.toml"
+    file.write_text("eval-prompt = 0\nlayers = 1\n")
+    assert complete({"config": str(file)}) == train.Config(eval_prompt="0", layers="1")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "parts"),
     [

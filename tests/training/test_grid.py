@@ -536,6 +536,15 @@ def test_an_adapter_whose_loss_becomes_nan_has_its_best_vectors(tmp_path, capsys
     fails(longer, capsys, "nothing is left to train: begin a new run with a lower --lr")
     assert contents(tmp_path / "alone") == before
 
+    # Without an evaluation before, it has failed, and training longer does not change that.
+    never = flags | {"eval_every": 0}
+    assert run(words(tmp_path / "failed", task=running.task(), lr=0.3, **never)) == 1
+    before = contents(tmp_path / "failed")
+    longer = ["--resume", tmp_path / "failed", "--steps", 50]
+    capsys.readouterr()
+    fails(longer, capsys, "nothing is left to train: begin a new run with a lower --lr")
+    assert contents(tmp_path / "failed") == before
+
     found = together(tmp_path / "grid", task=running.task(), lr="0.2,0.3", **flags)
     assert found["lr0.3"]["final"]["warnings"].count(kept) == 1
     assert kept not in found["lr0.2"]["final"]["warnings"]
