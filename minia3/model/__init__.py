@@ -3,12 +3,11 @@
 Read in this order: `ia3` (the method), `blocks` (attention, feed-forward and block, with (IA)^3 in
 its three places), `attend` (attention itself), `sequence_state` (the masks, caches and positions of
 a running sequence), `t5` and `llama` (how blocks become a model). The other files can wait: without
-padding, `packing` returns what it is given, recompute(f, x) returns f(x), and `Linear` computes
-what nn.Linear does.
+padding, `packing` returns what it is given, and `Linear` computes what nn.Linear does.
 
-    save memory or time                activations, linear, packing, recompute, plain_attention,
-                                       exact_products, target_logprobs, single_row, huge_pages,
-                                       static_state, to_device, processor
+    save memory or time                activations, linear, packing, recompute, gated_hidden,
+                                       plain_attention, exact_products, target_logprobs,
+                                       single_row, huge_pages, static_state, to_device, processor
     keep a base in less memory         quantized, shard
     choose and add vectors             more_vectors, site_names
     check that a row kept its adapter  adapter_rows

@@ -12,16 +12,15 @@ and L is 1. `Attention` unpacks such a batch, and packs the result. There, what 
 name without a suffix, because within one function B cannot count both tokens and rows.
 """
 
-from functools import partial
-
 import torch
 from torch import nn
 
 from minia3.model.activations import ACTIVATIONS
 from minia3.model.attend import attend
+from minia3.model.gated_hidden import gated_hidden
 from minia3.model.ia3 import IA3
 from minia3.model.linear import Linear
-from minia3.model.recompute import recompute, rms_norm
+from minia3.model.recompute import rms_norm
 
 
 class RMSNorm(nn.RMSNorm):
@@ -132,17 +131,15 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BLD, adapter_B):
         gate_BLF = self.gate(x_BLD)
-        # If no gradient is recorded, nothing else reads the gate, so the activation overwrites it.
-        hidden = partial(self.hidden, in_place=not torch.is_grad_enabled())
         if self.up is None:
-            h_BLF = hidden(self.l_wi(gate_BLF, adapter_B), None, adapter_B)
+            # If no gradient is recorded, nothing else reads the gate, so it may be overwritten.
+            in_place = not torch.is_grad_enabled()
+            h_BLF = self.hidden(self.l_wi(gate_BLF, adapter_B), None, adapter_B, in_place)
         else:
             gate_BLF = self.l_gate(gate_BLF, adapter_B)
             up_BLF = self.l_up(self.up(x_BLD), adapter_B)
-            # This is hidden(gate_BLF, up_BLF, adapter_B), but it keeps two tensors for the backward
-            # pass instead of four.
-            l_ff = self.l_ff.scale
-            h_BLF = recompute(hidden, gate_BLF, up_BLF, adapter_B, parameters=[l_ff])
+            # This is self.hidden(...), but it keeps two tensors for the backward pass, not four.
+            h_BLF = gated_hidden(self, gate_BLF, up_BLF, adapter_B)
         return self.down(self.dropout(h_BLF))
 
     def hidden(self, gate_BLF, up_BLF, adapter_B, in_place):
@@ -150,7 +147,7 @@ class FeedForward(nn.Module):
 
         in_place: whether this may overwrite gate_BLF.
         """
-        h_BLF = self.activation(gate_BLF, in_place)
+        h_BLF = self.activation.apply(gate_BLF, in_place)
         if up_BLF is not None:
             h_BLF = h_BLF.mul_(up_BLF) if in_place else h_BLF * up_BLF
         return self.l_ff(h_BLF, adapter_B)

@@ -43,14 +43,18 @@ class IA3(nn.Module):
 
         adapter_B: the row of each example (B,), or one row for all of them (1,).
         """
-        # This is self.scale[adapter_B], but a GPU need not sort the rows in the backward pass.
-        l_BD = F.embedding(adapter_B, self.scale)
+        l_BD = self.rows(adapter_B)
         # Each branch below returns x * l. They differ only in the memory that the result takes.
         if not torch.is_grad_enabled():
             return x_BLD.mul_(l_BD.to(x_BLD.dtype).unsqueeze(1))  # new memory would take time
         if self.keeps_result:
             return scale_keeping_result(x_BLD, l_BD)  # the product below, in the memory of x
         return x_BLD * l_BD.to(x_BLD.dtype).unsqueeze(1)
+
+    def rows(self, adapter_B):
+        """Return the vector l of each example (B, D), or of all of them (1, D), in float32."""
+        # This is self.scale[adapter_B], but a GPU need not sort the rows in the backward pass.
+        return F.embedding(adapter_B, self.scale)
 
     def _apply(self, fn, recurse=True):
         """Do what `model.to(...)` or `model.half()` asks for, but keep float32 or wider rows."""

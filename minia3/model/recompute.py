@@ -1,9 +1,10 @@
 """Save memory in the backward pass: keep the inputs, and compute what follows from them again.
 
-Autograd keeps every tensor that a backward pass reads. Four places keep fewer tensors, each with
-one call that replaces the plain line: gated feed-forwards (`recompute`), norms (`rms_norm`), scaled
-keys and values (`scale_keeping_result`) and, if the user asks for it with --recompute, whole blocks
-(`recompute_blocks`). A fifth has a file of its own: the logits (target_logprobs.py).
+Autograd keeps every tensor that a backward pass reads. Three places keep fewer tensors, each with
+one call that replaces the plain line: norms (`rms_norm`), scaled keys and values
+(`scale_keeping_result`) and, if the user asks for it with --recompute, whole blocks
+(`recompute_blocks`). Two more have files of their own: gated feed-forwards (gated_hidden.py), and
+the logits (target_logprobs.py).
 
 Shapes: B batch, L length, D width of the model, or of what is scaled, R rows.
 """
@@ -16,48 +17,44 @@ import torch.nn.functional as F
 from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-# Of so many entries, the float32 copies stay in the cache of a CPU's core.
-N_IN_CACHE = 2**16
+# Of so many entries, the copies that a function makes stay in the cache of a CPU's core.
+N_IN_CACHE = 2**17
 
 
-def recompute(function, *inputs, parameters=()):
+def recompute(function, *inputs):
     """Return function(*inputs), and keep only `inputs` for the backward pass.
 
-    The backward pass calls the function again. The function must return one tensor. parameters: the
-    parameters that it reads from elsewhere, such as from its module; they get gradients, too.
-    Without gradients, and in torch.compile (which decides for itself what to recompute), this is
-    the plain call.
+    The backward pass calls the function again. The function must return one tensor. Without
+    gradients, and in torch.compile (which decides for itself what to recompute), this is the plain
+    call.
 
     torch.utils.checkpoint does the same, but when it first runs, it imports torch's compiler, which
     takes about a second and 75 MB.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(*inputs)
-    return _Recomputed.apply(function, len(parameters), *parameters, *inputs)
+    return _Recomputed.apply(function, *inputs)
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, function, n_parameters, *tensors):
+    def forward(ctx, function, *inputs):
         ctx.function = function
-        ctx.parameters = tensors[:n_parameters]
-        inputs = tensors[n_parameters:]
         ctx.save_for_backward(*inputs)
         return function(*inputs)
 
     @staticmethod
     @once_differentiable  # the function runs again on inputs that are detached from their graph
     def backward(ctx, grad):
-        need_grad = ctx.needs_input_grad[2:]
+        need_grad = ctx.needs_input_grad[1:]
         inputs = []
-        for x, needs in zip(ctx.saved_tensors, need_grad[len(ctx.parameters) :], strict=True):
+        for x, needs in zip(ctx.saved_tensors, need_grad, strict=True):
             inputs.append(x.detach().requires_grad_(needs))
         with torch.enable_grad():
             out = ctx.function(*inputs)
-        candidates = [*ctx.parameters, *inputs]
-        wanted = [x for x, needs in zip(candidates, need_grad, strict=True) if needs]
+        wanted = [x for x in inputs if x.requires_grad]
         grads = iter(torch.autograd.grad(out, wanted, grad))
-        return None, None, *(next(grads) if needs else None for needs in need_grad)
+        return None, *(next(grads) if needs else None for needs in need_grad)
 
 
 def rms_norm(x, weight_D, eps):

@@ -7,7 +7,6 @@ import torch
 from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.checkpoints.load import build_model
 from minia3.inference.decoding import generate
-from minia3.model.blocks import FeedForward
 from tests.benchmarks.measure import Roof, count_flops
 from tests.benchmarks.memory import measured
 from tests.gpu.numbers import Numbers, seconds_of
@@ -40,7 +39,6 @@ def performance_of(name, place, peak_flops):
     def step():
         return place.gradients(model, batch)
 
-    call_activations(model)
     step()
     seconds = seconds_of(step, place, n_steps)
     n_read = int(batch.mask_BM.sum() + batch.target_mask_BCL.sum())
@@ -59,19 +57,6 @@ def performance_of(name, place, peak_flops):
         "training, peak bytes": peak,
         "decoding, tokens/s": n_written / seconds_of_tokens,
     }
-
-
-def call_activations(model):
-    """Make activations that are modules into functions.
-
-    torch counts operations by module, and cannot follow a module into `recompute`.
-    """
-    for module in model.modules():
-        if isinstance(module, FeedForward):
-            activation = module.activation
-            if isinstance(activation, torch.nn.Module):
-                del module.activation
-                module.activation = activation.forward
 
 
 def largest(place):

@@ -13,7 +13,9 @@ from torch import nn
 
 import minia3
 from minia3.inference.decoding import decode_tokens
+from minia3.model.activations import ACTIVATIONS
 from minia3.model.blocks import FeedForward, RMSNorm, blocks_of
+from minia3.model.gated_hidden import gated_hidden
 from minia3.model.ia3 import IA3
 from minia3.model.recompute import recompute, recompute_blocks, rms_norm, scale_keeping_result
 from tests.benchmarks.measure import kept_for_backward
@@ -25,8 +27,8 @@ def plainly_scaled(x, l_BD):
     return x * l_BD.to(x.dtype).unsqueeze(1)
 
 
-def plainly_called(function, *inputs, parameters):
-    return function(*inputs)
+def plainly_gated(ffn, gate_BLF, up_BLF, adapter_B):
+    return ffn.hidden(gate_BLF, up_BLF, adapter_B, in_place=False)
 
 
 def plainly_normed(x, weight_D, eps):
@@ -34,7 +36,7 @@ def plainly_normed(x, weight_D, eps):
 
 
 PLAIN_LINES = {
-    "blocks.recompute": plainly_called,
+    "blocks.gated_hidden": plainly_gated,
     "blocks.rms_norm": plainly_normed,
     "ia3.scale_keeping_result": plainly_scaled,
 }
@@ -57,7 +59,7 @@ def test_each_plain_line_has_the_same_results_and_keeps_more(loaded, name, place
     monkeypatch.setattr(f"minia3.model.{place}", PLAIN_LINES[place])
     same(gradients(model, batch), expected, rtol=1e-12, atol=1e-12)
     n_kept_plainly = count_kept()
-    if (name, place) == ("t5-v1.0", "blocks.recompute"):  # its feed-forwards are not gated
+    if (name, place) == ("t5-v1.0", "blocks.gated_hidden"):  # its feed-forwards are not gated
         assert n_kept_plainly == n_kept
     else:
         assert n_kept_plainly > n_kept
@@ -181,42 +183,112 @@ def test_the_norm_and_its_gradients_have_the_dtypes_of_its_input_and_its_weight(
     assert (x.grad.dtype, weight_D.grad.dtype) == dtypes
 
 
+ROWS = [torch.tensor([2, 0, 1, 2]), torch.tensor([1])]
+
+
+def gated_feed_forward(activation):
+    ffn = FeedForward(6, 10, activation, gated=True, dropout=0.0, n_adapters=3).double()
+    nn.init.normal_(ffn.l_ff.scale)
+    return ffn
+
+
+def plain_feed_forward(ffn, x, adapter):
+    return ffn.down(plainly_gated(ffn, ffn.gate(x), ffn.up(x), adapter))
+
+
+@pytest.mark.parametrize("adapter", ROWS, ids=["mixed rows", "one row"])
+@pytest.mark.parametrize("n_in_cache", [0, 25, 70, 10**6])
 @pytest.mark.parametrize(
     "trained", [("gate", "scale"), ("gate",), ("scale",), ("up", "scale"), ("gate", "up", "scale")]
 )
-@pytest.mark.parametrize("activation", ["gelu", "silu"])
-def test_a_gated_feed_forward_has_the_gradients_of_its_plain_lines(activation, trained):
-    ffn = FeedForward(6, 10, activation, True, 0.0, n_adapters=3).double()
-    nn.init.normal_(ffn.l_ff.scale)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_gated_feed_forward_has_the_gradients_of_its_plain_lines(
+    activation, trained, n_in_cache, adapter, monkeypatch
+):
+    monkeypatch.setattr("minia3.model.gated_hidden.N_IN_CACHE", n_in_cache)
+    ffn = gated_feed_forward(activation)
     parameters = {"scale": ffn.l_ff.scale, "gate": ffn.gate.weight, "up": ffn.up.weight}
     wanted = [parameters[name] for name in trained]
     ffn.requires_grad_(False)
     for parameter in wanted:
         parameter.requires_grad_(True)
     x = torch.randn(4, 3, 6, dtype=torch.float64)
-    adapter = torch.tensor([2, 0, 1, 2])
     weight = torch.randn(4, 3, 6, dtype=torch.float64)
-    plain = ffn.down(ffn.hidden(ffn.gate(x), ffn.up(x), adapter, in_place=False))
+    plain = plain_feed_forward(ffn, x, adapter)
     torch.testing.assert_close(ffn(x, adapter), plain)
     found = torch.autograd.grad((ffn(x, adapter) * weight).sum(), wanted)
     same(found, torch.autograd.grad((plain * weight).sum(), wanted))
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_gradients_of_a_gated_feed_forward_pass_gradcheck(activation):
+    """Also if the gradient that arrives is not contiguous."""
+    torch.manual_seed(0)  # no entry of a ReLU may be next to 0
+    ffn = gated_feed_forward(activation)
+    adapter = torch.tensor([1, 0])
+    x = torch.randn(3, 2, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: ffn(x.transpose(0, 1), adapter).transpose(0, 1), x)
+
+
+@pytest.mark.parametrize("adapter", ROWS, ids=["mixed rows", "one row"])
+def test_the_gradient_of_l_ff_in_bfloat16_is_as_exact_as_that_of_the_plain_lines(
+    adapter, monkeypatch
+):
+    monkeypatch.setattr("minia3.model.gated_hidden.N_IN_CACHE", 20)  # two tokens
+    torch.manual_seed(0)
+    exact = gated_feed_forward("silu")
+    narrow = copy.deepcopy(exact).bfloat16()  # its vectors are float32
+    exact.load_state_dict(narrow.state_dict())
+    x = torch.randn(4, 64, 6).bfloat16()
+    grad = torch.randn(4, 64, 6).bfloat16()
+
+    def gradient_of_l(ffn, forward, dtype):
+        out = forward(ffn, x.to(dtype), adapter)
+        return torch.autograd.grad(out, ffn.l_ff.scale, grad.to(dtype))[0].double()
+
+    expected = gradient_of_l(exact, FeedForward.forward, torch.float64)
+    found = gradient_of_l(narrow, FeedForward.forward, torch.bfloat16)
+    plain = gradient_of_l(narrow, plain_feed_forward, torch.bfloat16)
+    assert (found - expected).norm() < 1.2 * (plain - expected).norm()
+    assert (found - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_without_gradients_a_gated_feed_forward_overwrites_its_gate_and_nothing_else(activation):
-    ffn = FeedForward(6, 10, activation, True, 0.0, n_adapters=1).double()
-    nn.init.normal_(ffn.l_ff.scale)
+    ffn = gated_feed_forward(activation)
     gate = torch.randn(4, 3, 10, dtype=torch.float64)
     up = torch.randn(4, 3, 10, dtype=torch.float64)
     row_0 = torch.tensor([0])
-    plain = ffn.hidden(gate.clone(), up, row_0, in_place=False)
+    plain = plainly_gated(ffn, gate.clone(), up, row_0)
     before = up.clone()
     with torch.no_grad():
-        found = ffn.hidden(gate, up, row_0, in_place=True)
+        found = gated_hidden(ffn, gate, up, row_0)
     torch.testing.assert_close(found, plain.detach(), rtol=0, atol=0)
     assert torch.equal(up, before)
     if activation != "gelu":  # PyTorch has no function that overwrites x with it
         assert found.data_ptr() == gate.data_ptr()
+
+
+@pytest.mark.parametrize("adapter", [[1], [1, 0]])
+def test_the_backward_pass_of_a_gated_feed_forward_overwrites_nothing(adapter):
+    ffn = gated_feed_forward("silu").float()
+    gate = torch.randn(2, 3, 10, requires_grad=True)
+    up = torch.randn(2, 3, 10, requires_grad=True)
+    grad = torch.randn(2, 3, 10)
+    inputs = [gate, up, ffn.l_ff.scale]
+    before = [x.detach().clone() for x in (*inputs, grad)]
+    out = gated_hidden(ffn, gate, up, torch.tensor(adapter))
+    first = torch.autograd.grad(out, inputs, grad, retain_graph=True)
+    same([*inputs, grad], before, rtol=0, atol=0)
+    same(torch.autograd.grad(out, inputs, grad), first, rtol=0, atol=0)
+
+
+def test_a_gated_feed_forward_of_no_tokens_has_gradients_of_zero():
+    ffn = gated_feed_forward("silu")
+    out = ffn(torch.empty(0, 3, 6, dtype=torch.float64), torch.tensor([0]))
+    out.sum().backward()
+    assert out.shape == (0, 3, 6)
+    assert not ffn.l_ff.scale.grad.any()
 
 
 def test_recompute_passes_gradcheck_and_keeps_only_its_inputs():
@@ -224,10 +296,10 @@ def test_recompute_passes_gradcheck_and_keeps_only_its_inputs():
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
 
     def run(x, weight):
-        return recompute(lambda x: (x * weight).tanh().exp() * x, x, parameters=[weight])
+        return recompute(lambda x, weight: (x * weight).tanh().exp() * x, x, weight)
 
     assert torch.autograd.gradcheck(run, (x, weight))
-    assert kept_for_backward(lambda: run(x, weight), nn.Module()) == x.nbytes
+    assert kept_for_backward(lambda: run(x, weight), nn.Module()) == x.nbytes + weight.nbytes
 
 
 def test_recompute_without_gradients_is_the_plain_call():
@@ -237,14 +309,18 @@ def test_recompute_without_gradients_is_the_plain_call():
     assert found is results[0]
 
 
-@pytest.mark.parametrize("norm", [True, False])
-def test_second_derivatives_of_what_is_computed_again_are_refused(norm):
+@pytest.mark.parametrize("kind", ["norm", "feed-forward", "function"])
+def test_second_derivatives_of_what_is_computed_again_are_refused(kind):
     x = torch.randn(2, 4, requires_grad=True)
     weight = torch.randn(4)
+    ffn = FeedForward(4, 4, "silu", gated=True, dropout=0.0, n_adapters=1)
 
     def run(x):
-        if norm:
+        if kind == "norm":
             return rms_norm(x, weight, 1e-3)
+        if kind == "feed-forward":
+            up = weight.expand(1, 2, 4)
+            return gated_hidden(ffn, x.view(1, 2, 4), up, torch.tensor([0]))
         return recompute(torch.tanh, x)
 
     (grad_x,) = torch.autograd.grad(run(x).square().sum(), x, create_graph=True)

@@ -55,6 +55,9 @@ SUFFIXED = re.compile(r"[a-z][a-z0-9_]*_([A-Z1]*[A-Z][A-Z1]*)")
 BROADCAST = {
     "adapter_B": "B",  # one row of vectors serves the whole batch
     "l_BD": "B",
+    "l_BF": "B",
+    "l_B1F": "B",
+    "grad_l_BF": "B",
     # T5's biases are the same for all rows. Padding is the same for all heads, and that of the
     # memory is the same for all queries.
     "bias_BHLM": "BHL",
