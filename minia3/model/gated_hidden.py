@@ -15,6 +15,7 @@ Shapes: B batch, L length, F feed-forward.
 from functools import reduce
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from minia3.model.recompute import N_IN_CACHE
@@ -65,14 +66,15 @@ def pieces_of_examples(tensors, l_BF):
     """Yield some examples of all tensors (B, L, F) and their vectors, then the next, and so on.
 
     l_BF: a vector for each example, or one for all of them (1, F). On a CPU, what is computed from
-    a piece stays in the cache. Elsewhere, the only piece is the whole.
+    a piece stays in the cache. Elsewhere, the only piece is the whole. So it is in a plan of memory
+    (memory_plan.py), which runs on fake tensors of a CPU, and is for a GPU, too.
     """
     is_shared = len(l_BF) == 1
     if is_shared:  # then a long text can be cut, too: each of its tokens is an example
         tensors = [x.flatten(0, 1).unsqueeze(1) for x in tensors]
     n_examples = max(len(tensors[0]), 1)
     n_at_once = n_examples
-    if l_BF.device.type == "cpu":
+    if l_BF.device.type == "cpu" and not isinstance(l_BF, FakeTensor):
         n_at_once = max(N_IN_CACHE // max(tensors[0][:1].numel(), 1), 1)
     for first in range(0, n_examples, n_at_once):
         rows = slice(first, first + n_at_once)
@@ -88,10 +90,11 @@ def gradients(activation, tensors, l_BF):
     l_B1F = l_BF.unsqueeze(1)
     by_a_BLF = grad_BLF * activation.apply(gate_BLF, False)
     torch.mul(by_a_BLF, l_B1F, out=grad_up_BLF)
-    by_up_BLF = grad_BLF * up_BLF
-    torch.mul(activation.gradient(by_up_BLF, gate_BLF), l_B1F, out=grad_gate_BLF)
-
-    grad_of_l_BLF = by_a_BLF.mul_(up_BLF)
     axes = (0, 1) if len(l_BF) == 1 else (1,)
     wide = torch.promote_types(l_BF.dtype, torch.float32)
-    return grad_of_l_BLF.sum(axes, dtype=wide).view_as(l_BF)
+    grad_l_BF = by_a_BLF.mul_(up_BLF).sum(axes, dtype=wide).view_as(l_BF)
+    del by_a_BLF  # a GPU computes the whole batch at once, and this is as large
+
+    by_up_BLF = grad_BLF * up_BLF
+    torch.mul(activation.gradient(by_up_BLF, gate_BLF), l_B1F, out=grad_gate_BLF)
+    return grad_l_BF
