@@ -88,13 +88,13 @@ def gradients(activation, tensors, l_BF):
     """
     grad_BLF, gate_BLF, up_BLF, grad_gate_BLF, grad_up_BLF = tensors
     l_B1F = l_BF.unsqueeze(1)
-    by_a_BLF = grad_BLF * activation.apply(gate_BLF, False)
-    torch.mul(by_a_BLF, l_B1F, out=grad_up_BLF)
+    product_BLF = grad_BLF * activation.apply(gate_BLF, False)
+    torch.mul(product_BLF, l_B1F, out=grad_up_BLF)
     axes = (0, 1) if len(l_BF) == 1 else (1,)
     wide = torch.promote_types(l_BF.dtype, torch.float32)
-    grad_l_BF = by_a_BLF.mul_(up_BLF).sum(axes, dtype=wide).view_as(l_BF)
-    del by_a_BLF  # a GPU computes the whole batch at once, and this is as large
+    grad_l_BF = product_BLF.mul_(up_BLF).sum(axes, dtype=wide).view_as(l_BF)
 
-    by_up_BLF = grad_BLF * up_BLF
-    torch.mul(activation.gradient(by_up_BLF, gate_BLF), l_B1F, out=grad_gate_BLF)
+    # A GPU computes the whole batch at once, so this reuses the memory of the first product.
+    torch.mul(grad_BLF, up_BLF, out=product_BLF)
+    torch.mul(activation.gradient(product_BLF, gate_BLF), l_B1F, out=grad_gate_BLF)
     return grad_l_BF
