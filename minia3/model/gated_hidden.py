@@ -66,8 +66,8 @@ def pieces_of_examples(tensors, l_BF):
     """Yield some examples of all tensors (B, L, F) and their vectors, then the next, and so on.
 
     l_BF: a vector for each example, or one for all of them (1, F). On a CPU, what is computed from
-    a piece stays in the cache. Elsewhere, the only piece is the whole. So it is in a plan of memory
-    (memory_plan.py), which runs on fake tensors of a CPU, and is for a GPU, too.
+    a piece stays in the cache. Elsewhere, the only piece is the whole batch. So it is in a plan of
+    memory (memory_plan.py): its fake tensors are those of a CPU, but it has to hold for a GPU.
     """
     is_shared = len(l_BF) == 1
     if is_shared:  # then a long text can be cut, too: each of its tokens is an example
@@ -94,7 +94,7 @@ def gradients(activation, tensors, l_BF):
     wide = torch.promote_types(l_BF.dtype, torch.float32)
     grad_l_BF = product_BLF.mul_(up_BLF).sum(axes, dtype=wide).view_as(l_BF)
 
-    # A GPU computes the whole batch at once, so this reuses the memory of the first product.
+    # The first product is done with, and new memory would be as large, so this overwrites it.
     torch.mul(grad_BLF, up_BLF, out=product_BLF)
     torch.mul(activation.gradient(product_BLF, gate_BLF), l_B1F, out=grad_gate_BLF)
     return grad_l_BF

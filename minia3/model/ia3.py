@@ -52,7 +52,7 @@ class IA3(nn.Module):
         return x_BLD * l_BD.to(x_BLD.dtype).unsqueeze(1)
 
     def rows(self, adapter_B):
-        """Return the vector l of each example (B, D), or of all of them (1, D), in float32."""
+        """Return the vector l of each example (B, D), or of all (1, D), in float32 or wider."""
         # This is self.scale[adapter_B], but a GPU need not sort the rows in the backward pass.
         return F.embedding(adapter_B, self.scale)
 
