@@ -46,20 +46,25 @@ def step_row(ratio=1.25, share=0.85, **others):
 
 def test_the_tables_of_the_documents_are_those_of_the_published_runs():
     records = table.read_records()
+    of_page, of_notes = table.markdown_of_pages(records)
     page = table.PAGE.read_text(encoding="utf-8")
-    assert table.IN_PAGE.search(page)[0] == table.markdown(records)
+    assert table.IN_PAGE.search(page)[0] == of_page
+    notes = table.NOTES.read_text(encoding="utf-8")
+    assert table.IN_PAGE.search(notes)[0] == of_notes
     readme = table.README.read_text(encoding="utf-8")
     assert table.IN_README.search(readme)[0] == table.markdown_of_readme(records)
 
 
-@pytest.mark.parametrize(("name", "place"), [("PAGE", "IN_PAGE"), ("README", "IN_README")])
+@pytest.mark.parametrize(
+    ("name", "place"), [("PAGE", "IN_PAGE"), ("NOTES", "IN_PAGE"), ("README", "IN_README")]
+)
 def test_a_figure_that_is_edited_by_hand_is_noticed(name, place, tmp_path, monkeypatch):
     page = getattr(table, name)
     text = page.read_text(encoding="utf-8")
     shown = getattr(table, place).search(text)[0]
     edited = re.sub(r"\d\.\d\d s", "9.87 s", shown, count=1)
     assert edited != shown
-    for other_name in ("PAGE", "README"):  # copies, because they are written below
+    for other_name in ("PAGE", "NOTES", "README"):  # copies, because they are written below
         other = getattr(table, other_name)
         copy = tmp_path / other.name
         copy.write_text(other.read_text(encoding="utf-8"), encoding="utf-8")
@@ -190,6 +195,24 @@ def test_another_processor_has_a_table_of_its_own():
     assert heads[5].startswith("| line | ours | theirs | theirs / ours, B | theirs / ours, C |")
     reached = [line.partition(" reaches")[0] for line in lines if " reaches " in line]
     assert reached == ["Run A", "Run B", "Run C"]
+
+
+def test_the_page_has_the_last_runs_of_one_processor_and_the_notes_have_the_others():
+    def heads(text):
+        return [line for line in text.splitlines() if line.startswith(("####", "| run"))]
+
+    machine_of = record_of({}).about["machine"]
+    days = [f"2026-01-0{day} 03:04" for day in range(1, 7)]
+    records = [record_of({STEP: step_row()}, date=day) for day in days]
+    records[1].about["machine"] = {**machine_of, "processor": "another core"}
+    of_page, of_notes = table.markdown_of_pages(records)
+    assert heads(of_page) == ["#### a core", "| run | B | C | D | E |"]
+    assert heads(of_notes) == ["#### a core", "| run | A |", "#### another core", "| run | F |"]
+    assert "2026-01-01" in of_notes
+    assert "2026-01-01" not in of_page
+    of_page, of_notes = table.markdown_of_pages(records[2:])
+    assert heads(of_page) == ["#### a core", "| run | A | B | C | D |"]
+    assert of_notes == ""
 
 
 def test_the_table_of_the_readme_is_of_the_processor_with_the_most_runs():

@@ -4,7 +4,7 @@ Only runs on the same processor stand side by side: another processor has a tabl
 
 python -m tests.benchmarks table A.json B.json
 python -m tests.benchmarks table                the runs in tests/benchmarks/published/
-python -m tests.benchmarks table --write        those, in the README and docs/performance.md
+python -m tests.benchmarks table --write        those, in the README and docs/performance*.md
 """
 
 import argparse
@@ -22,8 +22,10 @@ from tests.benchmarks.record import read_record
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT / "tests" / "benchmarks" / "published"
 PAGE = ROOT / "docs" / "performance.md"
+NOTES = ROOT / "docs" / "performance-notes.md"
 README = ROOT / "README.md"
-# The part of the page between two comments is the table; in the README it is the table that begins
+N_RUNS_IN_PAGE = 4
+# The part of a page between two comments is the table; in the README it is the table that begins
 # with this line.
 IN_PAGE = re.compile(
     r"(?<=<!-- python -m tests.benchmarks table: -->\n\n).*?(?=\n<!-- end -->)", re.S
@@ -67,9 +69,11 @@ def published_file(today, torch_version, device):
 
 
 def write_pages(files=()):
-    """Write the tables of records into the README and the page about performance."""
+    """Write the tables of records into the README and the two pages about performance."""
     records = read_records(files)
-    PAGE.write_text(with_table(PAGE.read_text(), IN_PAGE, markdown(records)))
+    of_page, of_notes = markdown_of_pages(records)
+    PAGE.write_text(with_table(PAGE.read_text(), IN_PAGE, of_page))
+    NOTES.write_text(with_table(NOTES.read_text(), IN_PAGE, of_notes))
     README.write_text(with_table(README.read_text(), IN_README, markdown_of_readme(records)))
 
 
@@ -80,22 +84,39 @@ def with_table(text, place, table):
 
 def markdown(records):
     """Return the whole table of one or several Records: one table for each processor."""
-    tables = []
-    letters = ascii_uppercase
-    for processor, on_processor in by_processor(records).items():
-        tables.append(f"#### {processor}\n\n" + table_of_runs(on_processor, letters))
-        letters = letters[len(on_processor) :]
-    return "\n".join(tables)
+    return "\n".join(table_of_runs(*group) for group in by_processor(records))
+
+
+def markdown_of_pages(records):
+    """Return the tables of the page about performance, and of its notes.
+
+    The page has the last runs on one processor. The notes have all others.
+    """
+    groups = by_processor(records)
+    main_processor, _, _ = main_group(groups)
+    of_notes = []
+    for processor, letters, runs in groups:
+        if processor == main_processor:
+            of_page = table_of_runs(processor, letters[-N_RUNS_IN_PAGE:], runs[-N_RUNS_IN_PAGE:])
+            letters, runs = letters[:-N_RUNS_IN_PAGE], runs[:-N_RUNS_IN_PAGE]
+        if runs:
+            of_notes.append(table_of_runs(processor, letters, runs))
+    return of_page, "\n".join(of_notes)
 
 
 def by_processor(records):
-    """Return {name of a processor: its Records}.
+    """Return a list of (name of a processor, the letters that name its runs, its Records).
 
     The one that ran first comes first, so that a new run renames as few of the others as it can.
     """
-    groups = {}
+    runs_on = {}
     for record in records:
-        groups.setdefault(processor_of(record.about["machine"]), []).append(record)
+        runs_on.setdefault(processor_of(record.about["machine"]), []).append(record)
+    groups = []
+    letters = ascii_uppercase
+    for processor, runs in runs_on.items():
+        groups.append((processor, letters[: len(runs)], runs))
+        letters = letters[len(runs) :]
     return groups
 
 
@@ -105,25 +126,22 @@ def processor_of(machine):
     return re.sub(r"\((R|TM)\)| Processor\b", "", name)
 
 
-def table_of_runs(records, letters):
-    """Return the table of Records on the same processor, whose names are the first of letters."""
+def table_of_runs(processor, letters, records):
+    """Return the table of Records on the same processor, which are named by letters."""
     titles = {title: None for record in records for title in record.rows}
     rows = [table_row(title, records) for title in titles]
-    parts = [heading(records, letters), summary(records, letters)]
+    parts = [f"#### {processor}", heading(records, letters), summary(records, letters)]
     parts.append("\n".join([column_names(records, letters), *rows]))
     return "\n\n".join(parts) + "\n"
 
 
 def markdown_of_readme(records):
-    """Return the short table of the README.
-
-    It is of the processor with the most runs, or, of several, of the one that ran last.
-    """
-    records = max(by_processor(records).values(), key=number_and_last_date)
+    """Return the short table of the README, from the last runs on one processor."""
+    _, _, runs = main_group(by_processor(records))
     lines = [README_HEAD, "|---|---|---|---|"]
     for title in README_TITLES:
         _, title_of_line = title.split(", ", 1)
-        rows = rows_of(title, records)
+        rows = rows_of(title, runs[-N_RUNS_IN_PAGE:])
         ours = middle(rows, "ours")
         theirs = middle(rows, "theirs")
         ratio = f"{middle(rows, 'ratio'):.2f}"
@@ -132,8 +150,14 @@ def markdown_of_readme(records):
     return "\n".join(lines) + "\n"
 
 
-def number_and_last_date(records):
-    return len(records), records[-1].about["date"]
+def main_group(groups):
+    """Return the group with the most runs, or, of several, that with the last one."""
+    return max(groups, key=number_and_last_date)
+
+
+def number_and_last_date(group):
+    _, _, runs = group
+    return len(runs), runs[-1].about["date"]
 
 
 # What the runs were measured on
