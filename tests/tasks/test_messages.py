@@ -26,6 +26,9 @@ def turns(*texts, system=None):
 class Letters:
     """A tokenizer of letters: each message is its role's first letter, its content and a dot."""
 
+    def template_to_train_on(self, tools=None):
+        return ""
+
     def conversation(self, messages, tools=None):
         ids = []
         is_scored = []
