@@ -23,6 +23,11 @@ M_TRIM_THRESHOLD = -1  # how much free memory at the end of the heap goes back t
 M_MMAP_THRESHOLD = -3  # from which size on a block has pages of its own, which go back when freed
 KEPT = 1 << 30  # bytes
 
+# Python looks for garbage whenever there are this many new objects, instead of a few hundred or
+# thousand. Torch alone has hundreds of thousands, and to look at them again and again, while more
+# are imported, takes a tenth of a second.
+N_NEW_OBJECTS = 20_000
+
 SOON = 0.05  # seconds: after that, a signal is sent again whose exception Python has dropped
 
 # If an exception of ours comes while these are at work, they may raise another one in its place.
@@ -47,6 +52,7 @@ def begin(program):
     """
     forget_interrupt()
     require_utf8()
+    gc.set_threshold(N_NEW_OBJECTS)
     atexit.register(freeze_objects)
 
     def interrupt(number, frame):

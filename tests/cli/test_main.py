@@ -4,6 +4,7 @@ line and exit code 2, a failure is one line and 1, and pipes and Ctrl-C make no 
 import argparse
 import atexit
 import errno
+import gc
 import json
 import os
 import shlex
@@ -40,8 +41,10 @@ def _program(monkeypatch):
     """Make this process handle signals as the program `minia3` does."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     before = signal.getsignal(signal.SIGINT)
+    thresholds = gc.get_threshold()
     begin("minia3")
     yield
+    gc.set_threshold(*thresholds)
     signal.signal(signal.SIGINT, before)
     atexit.unregister(freeze_objects)
     forget_interrupt()

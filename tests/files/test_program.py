@@ -4,6 +4,7 @@ import argparse
 import atexit
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import subprocess
@@ -34,7 +35,9 @@ from minia3.files.program import (
 @pytest.fixture(autouse=True)
 def _handler():
     before = signal.getsignal(signal.SIGINT)
+    thresholds = gc.get_threshold()
     yield
+    gc.set_threshold(*thresholds)
     signal.signal(signal.SIGINT, before)
     sys.excepthook = sys.__excepthook__
     forget_interrupt()
@@ -187,6 +190,19 @@ print(gc.get_freeze_count())
     assert n_before == "0"
     assert int(n_objects) < 100
     assert is_frozen == "True"
+
+
+def test_python_does_not_look_at_all_objects_while_a_program_imports_torch():
+    code = """
+import gc
+from minia3.files.program import begin
+begin("program")
+n_before = gc.get_stats()[2]["collections"]  # of all objects
+import torch
+print(gc.get_stats()[2]["collections"] - n_before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "0\n"
 
 
 def test_a_program_that_has_imported_triton_ends_without_a_word():
