@@ -15,6 +15,7 @@ import shutil
 
 from minia3.files.processes import is_first
 from minia3.files.read import one_line, reading
+from minia3.training.choices import TRAINED_ALONE
 from minia3.training.metrics_file import read_metrics
 
 PROJECT = "minia3"  # in W&B and MLflow, unless their variables name another one
@@ -86,21 +87,23 @@ def describe_failure(tracker, error):
     return f"{name} gets no more of this run, but metrics.jsonl has everything: {one_line(error)}"
 
 
-def figures(line, is_mixture):
+def figures(line, config):
     """Return the numbers in a line of metrics.jsonl: "train/loss" -> 0.5.
 
     The names say whose they are: "final/rte/accuracy", in a grid "final/rte-s0/accuracy", and in a
-    grid of mixtures "final/s0/rte/accuracy".
+    grid of mixtures "final/s0/rte/accuracy". Where the cells of a grid train one after the other,
+    the steps begin again with each, so each needs a curve of its own: "train/loss/s0".
     """
     place = [line["event"]]
     if "adapter" in line:
         place.append(line["adapter"])
-    if "task" in line and (is_mixture or "adapter" not in line):
+    if "task" in line and (config.is_mixture or "adapter" not in line):
         place.append(line["task"])
+    cell_alone = list(line.get("losses", ())) if config.method in TRAINED_ALONE else []
     found = {}
     for name, value in line.items():
         if isinstance(value, int | float) and name != "step":
-            found["/".join([*place, name])] = value
+            found["/".join([*place, name, *cell_alone])] = value
         if isinstance(value, dict):  # the losses of several cells
             for cell, part in value.items():
                 found["/".join([*place, name, cell])] = part
@@ -113,13 +116,13 @@ class TensorBoard:
     def __init__(self, config, folder):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.is_mixture = config.is_mixture
+        self.config = config
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # of the run that was stopped
         self.writer = SummaryWriter(folder / "tensorboard")
         self.writer.add_text("flags", f"```json\n{json.dumps(vars(config), indent=1)}\n```")
 
     def write(self, line):
-        for name, value in figures(line, self.is_mixture).items():
+        for name, value in figures(line, self.config).items():
             self.writer.add_scalar(name, value, line["step"])
         self.writer.flush()
 
@@ -133,7 +136,7 @@ class WandB:
     def __init__(self, config, folder):
         import wandb
 
-        self.is_mixture = config.is_mixture
+        self.config = config
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=folder.name,
@@ -144,7 +147,7 @@ class WandB:
         self.run.define_metric("*", step_metric="step")
 
     def write(self, line):
-        self.run.log({"step": line["step"], **figures(line, self.is_mixture)})
+        self.run.log({"step": line["step"], **figures(line, self.config)})
 
     def close(self, ending):
         self.run.finish(exit_code=EXIT_CODES[ending])
@@ -156,7 +159,7 @@ class MLflow:
     def __init__(self, config, folder):
         import mlflow
 
-        self.is_mixture = config.is_mixture
+        self.config = config
         self.client = mlflow.MlflowClient()  # which, unlike mlflow.start_run, has no global run
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         experiment = self.client.get_experiment_by_name(name)
@@ -169,7 +172,7 @@ class MLflow:
             self.client.log_param(self.run_id, flag, value)
 
     def write(self, line):
-        for name, value in figures(line, self.is_mixture).items():
+        for name, value in figures(line, self.config).items():
             allowed = re.sub(NOT_IN_MLFLOW, "_", name)  # a file may be called "rows (1).csv"
             self.client.log_metric(self.run_id, allowed, value, step=line["step"])
 

@@ -20,11 +20,12 @@ from minia3.training.run import Run
 from minia3.training.trackers import figures
 
 
-def expected_figures(folder):
+def expected_figures(folder, method="ia3"):
     """Return {(name, step): value} of metrics.jsonl."""
+    config = running.train.Config(method=method)
     found = {}
     for line in metrics(folder):
-        for name, value in figures(line, is_mixture=False).items():
+        for name, value in figures(line, config).items():
             found[name, line["step"]] = pytest.approx(value)
     return found
 
@@ -49,18 +50,21 @@ def test_the_numbers_of_a_line_have_names_that_say_whose_they_are():
         "losses": {"s0": 0.4, "s1": 0.6},
         "auc": None,
     }
+    config = running.train.Config()
+    mixture = running.train.Config(task=("rte", "cb"), adapters="one")
     losses = {"train/loss": 0.5, "train/losses/s0": 0.4, "train/losses/s1": 0.6}
-    assert figures(line, is_mixture=False) == losses
+    assert figures(line, config) == losses
     line = {"event": "final", "step": 10, "adapter": "s0", "task": "rte", "accuracy": 0.5}
-    assert figures(line, is_mixture=False) == {"final/s0/accuracy": 0.5}
-    assert figures(line, is_mixture=True) == {"final/s0/rte/accuracy": 0.5}
+    assert figures(line, config) == {"final/s0/accuracy": 0.5}
+    assert figures(line, mixture) == {"final/s0/rte/accuracy": 0.5}
     line = {"event": "eval", "step": 1, "task": "rte", "n": 3}
-    assert figures(line, is_mixture=False) == figures(line, is_mixture=True) == {"eval/rte/n": 3}
-    assert figures({"event": "failed", "step": 1, "reason": "the loss"}, is_mixture=False) == {}
+    assert figures(line, config) == figures(line, mixture) == {"eval/rte/n": 3}
+    assert figures({"event": "failed", "step": 1, "reason": "the loss"}, config) == {}
 
 
-def test_the_tasks_of_a_mixture_in_a_grid_have_a_name_each(tmp_path, monkeypatch):
-    """A tracker would take figures of one name and step for one figure."""
+@pytest.fixture
+def names(monkeypatch):
+    """Let TensorBoard only collect the name and the step of each figure."""
     names = []
 
     class Writer:
@@ -83,10 +87,23 @@ def test_the_tasks_of_a_mixture_in_a_grid_have_a_name_each(tmp_path, monkeypatch
     module = SimpleNamespace(SummaryWriter=Writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    return names
+
+
+def test_the_tasks_of_a_mixture_in_a_grid_have_a_name_each(tmp_path, names):
+    """A tracker would take figures of one name and step for one figure."""
     tasks = f"{running.task()},{running.task((2, 3, 1))}"
     flags = {"task": tasks, "adapters": "one", "seed": "0,1", "log_to": "tensorboard"}
     assert run(words(tmp_path / "run", steps=2, eval_every=1, **flags)) == 0
     assert ("final/s1/task-2-3-1/accuracy", 2) in names
+    assert len(set(names)) == len(names)
+
+
+def test_cells_that_train_one_after_the_other_have_a_curve_each(tmp_path, names):
+    """A curve of all would go back to the first step with each cell."""
+    flags = {"method": "lora", "seed": "0,1", "log_to": "tensorboard"}
+    assert run(words(tmp_path / "run", steps=2, **flags)) == 0
+    assert {("train/loss/s0", 2), ("train/lr/s1", 2), ("train/losses/s1", 2)} <= set(names)
     assert len(set(names)) == len(names)
 
 
@@ -250,7 +267,7 @@ def test_wandb_offline_has_what_metrics_jsonl_has(tmp_path, capsys, monkeypatch)
         for name, value in values.items():
             if name != "step" and not name.startswith("_"):
                 found[name, values["step"]] = value
-    assert found == expected_figures(out)
+    assert found == expected_figures(out, "lora")
 
 
 @pytest.mark.slow
@@ -287,7 +304,7 @@ def test_mlflow_gets_the_figures_of_a_task_with_any_name():
             logged[name] = value
 
     tracker = trackers.MLflow.__new__(trackers.MLflow)
-    tracker.is_mixture = False
+    tracker.config = running.train.Config()
     tracker.client = Client()
     tracker.run_id = "1"
     tracker.write({"event": "before", "step": 0, "task": "rows (1)", "accuracy": 0.5, "auc": None})
