@@ -143,6 +143,7 @@ def run_group(run, group, config, baselines):
 def run_grid(run: Run, config: Config):
     """Run the cells that are not done yet, one group after the other, and print the report."""
     if run.is_finished:
+        run.send_to_new_trackers(config)
         announce_finished(run, config)
         return
 

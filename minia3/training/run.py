@@ -246,6 +246,11 @@ class Run:
         if not self.signals.is_held:
             self.send_lines()
 
+    def send_to_new_trackers(self, config):
+        """Hand a finished run to the trackers of --log-to, if it did not have them before."""
+        if "log_to" in self.unrecorded:
+            self.trackers = start_trackers(config, self.written_folder)
+
     def send_lines(self):
         """Hand over the lines that the trackers have not got yet.
 

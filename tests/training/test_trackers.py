@@ -120,6 +120,22 @@ def test_tensorboard_has_what_metrics_jsonl_has(tmp_path):
     assert tensorboard_figures(out) == expected_figures(out)
 
 
+def test_a_finished_run_can_still_be_sent(tmp_path, names, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, steps=2)) == 0
+    assert names == []
+    lines = (out / "metrics.jsonl").read_bytes()
+    assert run(["--resume", out, "--log-to", "tensorboard"]) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert ("train/loss", 2) in names
+    assert any(name.startswith("final/") for name, _ in names)
+    assert (out / "metrics.jsonl").read_bytes() == lines
+    n_sent = len(names)
+    assert run(["--resume", out]) == 0
+    assert run(["--resume", out, "--log-to", "none"]) == 0
+    assert len(names) == n_sent
+
+
 @pytest.mark.slow
 def test_a_resumed_run_leaves_no_steps_that_were_undone(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
