@@ -161,7 +161,7 @@ def fit_chat(row: dict, tokenizer, max_length: int):
     """
     messages = row["messages"]
     tools = row.get("tools")
-    tokenizer.template_to_train_on(tools)  # what is wrong with the tokenizer is not a row's fault
+    tokenizer.template_to_train_on(tools)  # its errors are not about this row
 
     def count_tokens(part):
         with naming_row(row, part):

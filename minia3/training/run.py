@@ -247,7 +247,7 @@ class Run:
             self.send_lines()
 
     def send_to_new_trackers(self, config):
-        """Hand a finished run to the trackers of --log-to, if it did not have them before."""
+        """Hand a finished run to the trackers of --log-to, unless config.json has the same ones."""
         if "log_to" in self.unrecorded:
             self.trackers = start_trackers(config, self.written_folder)
 

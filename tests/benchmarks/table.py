@@ -151,7 +151,7 @@ def markdown_of_readme(records):
 
 
 def main_group(groups):
-    """Return the group with the most runs, or, of several, that with the last one."""
+    """Return the group with the most runs, or, if several have as many, the one that ran last."""
     return max(groups, key=number_and_last_date)
 
 
