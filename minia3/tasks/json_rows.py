@@ -160,11 +160,13 @@ class JsonText:
                     if self.read_more():
                         continue
                 raise not_json(error, self.text[self.position :]) from None
-            # A value that ends where the text ends may continue, as the number 1 of 12 does.
-            if end == len(self.text) and self.read_more():
+            n_characters = end - self.position
+            # A value near the end of the text may continue, as the number 1 of 12 or 1e-7 does.
+            if self.n_left - n_characters <= len("e-") and self.read_more():
                 continue
-            check_characters(value, self.text[self.position : end])
-            self.position = end
+            start = self.position  # which `read_more` changes
+            self.position += n_characters
+            check_characters(value, self.text[start : self.position])
             return value
 
 

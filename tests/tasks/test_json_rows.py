@@ -40,6 +40,7 @@ FORMS = [
     json.dumps({"data": ROWS}),
     json.dumps({"size": 12345, "n": [1, 2], "empty": [], "data": ROWS, "more": {"a": [{}]}}),
     json.dumps({"data": ROWS, "names": ["a"]}, indent=1),
+    json.dumps({"version": 1.1, "x": [0.5, 1e-7, -2.5e30, 3], "data": ROWS, "y": 2.25}),
 ]
 
 
