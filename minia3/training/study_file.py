@@ -22,6 +22,7 @@ so mistakes are answered at once.
 
 import dataclasses
 import difflib
+import os
 import re
 from fnmatch import fnmatchcase
 from itertools import product
@@ -41,6 +42,7 @@ from minia3.training.config_file import as_flag, find_field, read_toml
 from minia3.training.flags import as_tuple, flag_words, kinds_of, option
 from minia3.training.rules import check_config
 from minia3.training.run_folder import RUNS, check_same_flags, short_value
+from minia3.training.shown_commands import TEXTS
 
 PARTS = ("out", "flags", "each", "runs")
 OF_THE_STUDY = ("out", "resume", "config", "or_resume")  # fields that a run cannot choose
@@ -289,9 +291,13 @@ def check_name(path, label):
 def label_of(name, value):
     """Return how a value is written in the name of a run: "shots4", "lora", "same-colour".
 
-    A number needs its flag beside it, and a path or a word does not.
+    A number needs its flag beside it. A path or a word does not, nor does a number for a flag that
+    also takes words, such as --layers.
     """
-    texts = tuple(Path(str(part)).name or str(part) for part in as_tuple(value))
+    texts = tuple(str(part) for part in as_tuple(value))
+    if name not in TEXTS:  # in which a slash begins no path
+        # `abspath` also gives "." a name.
+        texts = tuple(text and os.path.basename(os.path.abspath(text)) for text in texts)
     label = short_value(texts)
     is_text = all(isinstance(part, str) for part in as_tuple(value))
     return label if is_text else name.replace("_", "") + label.lower()

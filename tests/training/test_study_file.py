@@ -156,6 +156,7 @@ def test_several_files_are_one_list(tmp_path):
         ("losses = ['lm,ul']", "lm,ul"),
         ("no-cross = [true]", "nocrosstrue"),
         ("model = ['./t5']", "t5"),
+        ("eval-prompt = [0]", "0"),
     ],
 )
 def test_values_name_the_runs(tmp_path, line, name):
@@ -166,6 +167,21 @@ def test_texts_that_cannot_be_names_of_files_become_a_short_one(tmp_path):
     runs = read(tmp_path, "[each]\ninput = ['{a} Is it? {b}', '{a} Größe: {b}']")
     for run in runs:
         assert re.fullmatch(r"[0-9a-f]{6}", run.name)
+
+
+def test_a_slash_in_a_text_begins_no_path(tmp_path):
+    prompts = "'{text} Is it good, yes/no?', '{text} Do you like it, yes/no?', '{text} a/b'"
+    runs = read(tmp_path, f"[each]\ninput = [{prompts}]")
+    assert len({run.name for run in runs}) == 3
+    assert all(re.fullmatch(r"[0-9a-f]{6}", run.name) for run in runs)
+
+
+@pytest.mark.parametrize("path", [".", ".."])
+def test_a_folder_without_a_name_has_the_name_that_it_has_elsewhere(tmp_path, monkeypatch, path):
+    (tmp_path / "above" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "above" / "here")
+    expected = {".": "here", "..": "above"}[path]
+    assert names(read(tmp_path, f"[each]\ndata-dir = ['{path}']")) == [expected]
 
 
 def test_a_file_from_windows_is_read(tmp_path):
