@@ -100,9 +100,7 @@ def split_words(given: str | Sequence[str]) -> tuple[str, ...]:
     """
     words = given
     if isinstance(given, str):
-        words = given.split(",")
-        if given.startswith("["):
-            words = parse_json(given)
+        words = parse_label_list(given) if given.startswith("[") else given.split(",")
     are_texts = all(isinstance(word, str) for word in words)
     words = tuple(word.strip() for word in words) if are_texts else ()
     n_different = len(set(map(fold_case, words)))
@@ -112,6 +110,19 @@ def split_words(given: str | Sequence[str]) -> tuple[str, ...]:
             "with commas between them, or a JSON list of them"
         )
     return words
+
+
+def parse_label_list(given: str):
+    """Return what a --labels that begins with a bracket means as JSON. Raise ValueError if it has
+    no meaning.
+    """
+    try:
+        return parse_json(given)
+    except ValueError as error:
+        raise ValueError(
+            f"--labels is {given!r:.80}, which begins with [ and so must be a JSON list: {error}: "
+            'labels with brackets are written as in ["[yes]", "[no]"]'
+        ) from None
 
 
 def doubtful_labels(labels: Labels) -> list[str]:

@@ -31,7 +31,8 @@ def in_openai_form(message):
     """
     if not isinstance(message, dict) or not isinstance(message.get("from"), str):
         return message
-    kept = dict(message)  # such as a weight
+    # Others are a weight, or null: in a table, all messages have the keys of both forms.
+    kept = {name: value for name, value in message.items() if value is not None}
     name = kept.pop("from")
     role = SHAREGPT_ROLES.get(name, name)
     content = kept.pop("value", None)

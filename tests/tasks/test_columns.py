@@ -328,6 +328,16 @@ def test_a_conversation_is_found_whatever_its_column_is_called_and_read_from_sha
         ]
 
 
+def test_messages_of_a_table_have_the_keys_of_both_forms_and_null_in_the_other(tmp_path):
+    both = dict.fromkeys(("from", "value", "role", "content"))
+    messages = [both | message for message in SHAREGPT]
+    task = load(tmp_path, {"messages": [*messages, both | {"role": "user", "content": "c"}]})
+    for row in task.train:
+        roles = [message["role"] for message in row["messages"]]
+        assert roles == ["user", "assistant", "user"]
+        assert [message["content"] for message in row["messages"]] == ["a", "b", "c"]
+
+
 def test_an_adapter_of_conversations_reads_them_under_the_name_that_it_has_learned(tmp_path):
     spec = load(tmp_path, {"conversations": SHAREGPT}).spec
     for name in ("conversations", "messages"):
@@ -859,6 +869,7 @@ def test_a_metric_must_suit_the_rows(tmp_path):
         ({"labels": "x"}, "--labels is 'x', expected two words or more that differ"),
         ({"labels": "x,X"}, "--labels is 'x,X', expected two words or more that differ"),
         ({"labels": "[1, 2]"}, "--labels is '[1, 2]', expected two words"),
+        ({"labels": "[POS],[NEG]"}, "--labels is '[POS],[NEG]', which begins with [ and so must"),
     ],
 )
 def test_a_wrong_flag_is_answered_in_one_line(flags, words, tmp_path):
