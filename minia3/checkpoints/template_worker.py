@@ -6,8 +6,8 @@ of expressions finds every such program, so the bounds are those of the operatin
 
     time     a thread of faulthandler, which is written in C, ends the process after MAX_SECONDS,
              even if a single operation never comes back to the interpreter
-    memory   the system refuses to give the process more than MAX_BYTES (Linux; macOS and Windows
-             have no such limit that is enforced, so there the time is the only bound)
+    memory   the system refuses to give the process more than MAX_BYTES (Linux; macOS refuses the
+             limit, and Windows has none, so there the time is the only bound)
     text     more than MAX_CHARACTERS are refused as they come
 
 The process that asks (chat.py) reads GREETING, writes one JSON object per line, and reads one line
@@ -22,6 +22,7 @@ import json
 import os
 import re
 import sys
+from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
 
@@ -181,7 +182,9 @@ def limit_memory():
         return
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     if most == resource.RLIM_INFINITY or most > MAX_BYTES:  # only root may raise a lower limit
-        resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
+        # macOS refuses each limit that is below the addresses a process has taken already.
+        with suppress(ValueError):
+            resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
 
 
 def main(import_path):

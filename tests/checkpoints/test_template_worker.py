@@ -202,6 +202,21 @@ def test_a_lower_limit_of_the_system_stays_because_only_root_may_raise_it(monkey
     assert calls == ([] if most == 1 << 29 else [expected])
 
 
+def test_a_system_that_refuses_the_limit_has_none(monkeypatch):
+    """macOS does, because a process has taken more addresses than that before it begins."""
+    resource = pytest.importorskip("resource", reason="Windows has no such limits")
+    asked = []
+
+    def refuse(*limit):
+        asked.append(limit)
+        raise ValueError("current limit exceeds maximum limit")
+
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY,) * 2)
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    template_worker.limit_memory()
+    assert len(asked) == 1
+
+
 def test_a_single_operation_that_never_comes_back_is_ended(hurried):
     """Squaring a huge number holds the interpreter's lock, so no Python thread could stop it."""
     template = doubling("7", "{% set ns.x = ns.x * ns.x %}")
