@@ -111,7 +111,7 @@ def read_template(path):
     """Return the chat template in a file. Raise ValueError if there is no text in it."""
     path = Path(path)
     with reading(path):
-        template = path.read_text(encoding="utf-8")
+        template = path.read_text(encoding="utf-8-sig")  # editors of Windows put a mark before it
         if not template.strip():
             raise ValueError("the file is empty, expected a chat template")
         return template

@@ -317,11 +317,11 @@ def copy_task_file(sources: Iterable[Path], folder: Path):
     for source in sources:
         beside = source if source.is_dir() else source.parent
         path = beside / TASK_FILE
-        content = path.read_text("utf-8") if path.is_file() else None
+        content = path.read_bytes() if path.is_file() else None
         contents.add(content)
     if len(contents) == 1 and None not in contents:
         with replacing(Path(folder, TASK_FILE)) as temporary:
-            temporary.write_text(contents.pop(), encoding="utf-8")
+            temporary.write_bytes(contents.pop())
 
 
 def make_entry(spec: TaskSpec) -> dict:

@@ -830,6 +830,8 @@ def test_a_template_file_is_read_as_text(tmp_path):
     path = tmp_path / "template.jinja"
     path.write_text(CHATML, encoding="utf-8")
     assert read_template(path) == CHATML
+    path.write_text(CHATML, encoding="utf-8-sig")  # as editors of Windows do
+    assert read_template(path) == CHATML
     path.write_text("  \n")
     with pytest.raises(ValueError, match=r"template.jinja: the file is empty"):
         read_template(path)

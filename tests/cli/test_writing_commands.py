@@ -181,6 +181,14 @@ def test_a_model_keeps_its_task_file(adapters):
     assert files_in(adapters / "out") == files_in(adapters / "merged")
 
 
+def test_a_task_file_in_another_encoding_of_json_is_copied(adapters):
+    """PowerShell writes UTF-16. All that read the file take it."""
+    task = json.dumps({"prompts": [{"text": "{input}"}], "labels": ["no", "yes"]}).encode("utf-16")
+    (adapters / "one" / "adapter" / "task.json").write_bytes(task)
+    run("merge", "tiny-t5", adapters / "one" / "adapter", adapters / "merged")
+    assert (adapters / "merged" / "task.json").read_bytes() == task
+
+
 def test_a_model_is_converted_on_the_cpu_unless_another_device_is_asked_for(
     tmp_path, capsys, monkeypatch
 ):
