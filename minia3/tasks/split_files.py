@@ -92,7 +92,10 @@ class FoundFiles(NamedTuple):
 def short_name(name: str) -> str:
     """Return a name for a task that is a file, a folder, or a data set of the hub."""
     if name.startswith(HUB_PREFIX):
-        return CHOICE.sub("-", name.removeprefix(HUB_PREFIX)).replace(":", "-")
+        repo = name.removeprefix(HUB_PREFIX)
+        if os.path.isabs(repo):  # a folder that is read as if it were on the hub
+            repo = os.path.basename(os.path.normpath(repo))
+        return CHOICE.sub("-", repo).replace(":", "-")
     path = Path(os.path.abspath(name))
     if path.name == TASK_FILE:
         path = path.parent

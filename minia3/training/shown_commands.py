@@ -5,6 +5,7 @@ import os
 import shlex
 
 from minia3.files.processes import n_on_machine, n_per_copy, n_processes
+from minia3.tasks.split_files import HUB_PREFIX
 from minia3.training.flags import flag_words, option
 
 # A result depends on these flags even if nothing is trained.
@@ -93,25 +94,30 @@ def training_command(config):
     if config.epochs is not None:
         left_out.append("steps")  # the run has worked out how many steps its epochs are
     names += [name for name in changed_flags(config) if name not in left_out]
+    public = {name: without_place(getattr(config, name)) for name in names if name not in TEXTS}
+    config = dataclasses.replace(config, **public)
     words = COMMAND.split()
     for name in names:
         typed = flag_words(config, [name])
-        if name not in TEXTS:
-            typed = [without_place(word) for word in typed]
         if name in PROMPTS:  # a file of flags may have the line breaks that people type as \n
             typed = [word.replace("\n", "\\n") for word in typed]
         words += typed
     return words
 
 
-def without_place(word):
-    """Return a word of a command line with only the last part of each absolute path in it."""
-    parts = []
-    for part in word.split(","):  # a list of tasks
-        if os.path.isabs(part):
-            part = os.path.basename(os.path.normpath(part))
-        parts.append(part)
-    return ",".join(parts)
+def without_place(value):
+    """Return the value of a flag, or several in a tuple, with only the last part of each absolute
+    path. It may be the path of a data set: hf:/home/me/rows.
+    """
+    if isinstance(value, tuple):
+        return tuple(map(without_place, value))
+    if not isinstance(value, str):
+        return value
+    prefix = HUB_PREFIX if value.startswith(HUB_PREFIX) else ""
+    path = value.removeprefix(prefix)
+    if not os.path.isabs(path):
+        return value
+    return prefix + os.path.basename(os.path.normpath(path))
 
 
 def using_command(config, answer, adapter=None):

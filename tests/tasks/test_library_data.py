@@ -254,7 +254,7 @@ def test_splits_are_chosen_by_their_names(tmp_path, monkeypatch):
     assert task.train == checked(both)
     assert task.validation == checked(splits["dev_r1"])
     assert task.test == checked(splits["test"]), "the usual name"
-    assert task.name == f"{tmp_path}-plain-train_r1+train_r2-dev_r1"
+    assert task.name == f"{tmp_path.name}-plain-train_r1+train_r2-dev_r1"
     assert task.notes == [
         f"splits of hf:{tmp_path}:plain:train=train_r1+train_r2:validation=dev_r1 that are not "
         "used: test_r1, dev_r2"

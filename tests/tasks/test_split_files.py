@@ -16,6 +16,7 @@ from minia3.tasks.split_files import (
     find_split_files,
     looks_like_path,
     resembled_split,
+    short_name,
 )
 from minia3.tasks.splits import load_task
 
@@ -354,3 +355,15 @@ def test_a_pattern_is_named_as_such(tmp_path):
     fill(tmp_path, "a.jsonl", "b.jsonl")
     message = describe_missing_path(f"{tmp_path}/*.jsonl")
     assert "* is no pattern here: give a folder whose files are named like splits" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("clients/reviews.csv.gz", "reviews"),
+        ("hf:user/name:config", "user/name-config"),
+        ("hf:/home/me/clients/acme", "acme"),
+    ],
+)
+def test_a_task_has_a_name_without_its_place(name, expected):
+    assert short_name(name) == expected

@@ -315,3 +315,18 @@ def test_a_whole_model_is_used_as_a_model(capsys):
 def test_the_training_command_gives_the_same_config_in_the_default_places():
     config = train.Config(task="rte", lr=0.1, steps=7, out="x", device="cpu", data_dir="y")
     assert parsed(training_command(config)) == train.Config(task="rte", lr=0.1, steps=7)
+
+
+@pytest.mark.parametrize(
+    ("task", "shown"),
+    [
+        ("hf:/home/me/clients/acme", "hf:acme"),
+        ("/home/me/Smith, John/rows.jsonl", "rows.jsonl"),
+        (("/home/me/one.csv", "rte", "hf:user/name"), "one.csv,rte,hf:user/name"),
+        ("clients/rows.csv", "clients/rows.csv"),
+    ],
+)
+def test_the_training_command_has_only_the_last_part_of_an_absolute_path(task, shown):
+    command = training_command(train.Config(task=task, input="/ {text}"))
+    assert command[command.index("--task") + 1] == shown
+    assert command[command.index("--input") + 1] == "/ {text}"
