@@ -151,9 +151,12 @@ class Cell:
     def take_best(self):
         """Restore the best parameters, if an evaluation kept any.
 
-        Otherwise keep the last ones, and fail the cell if they are not finite. If its loss became
-        NaN after such an evaluation, its final lines warn of it.
+        Otherwise keep the last ones, and fail the cell if they are not finite. If it became NaN
+        after such an evaluation, its final lines warn of it.
         """
+        has_ended = self.progress.failure is not None or self.progress.divergence is not None
+        if not has_ended and not all_finite(self.parameters):
+            self.fail("the parameters are not finite after the last step")
         if self.progress.best_parameters:
             if self.progress.divergence is None:  # or else nothing can continue from the last ones
                 self.progress.last_parameters = copy_values(self.parameters)  # to extend the run
@@ -162,8 +165,6 @@ class Cell:
         if self.progress.divergence is not None:
             for assignment in self.assignments:
                 assignment.doubts.append(self.progress.divergence)
-        if self.progress.failure is None and not all_finite(self.parameters):
-            self.fail("the parameters are not finite after the last step")
 
     def take_last(self):
         """Go back from the best parameters to those of the last step: undo `take_best`."""

@@ -101,6 +101,8 @@ def test_a_run_that_diverges_saves_the_last_finite_vectors(tmp_path, monkeypatch
     assert seen.keys() == {1, 2}  # the scores of step 3 are not finite, so it has no accuracy
     assert "step      3  the scores are not finite, held out\n" in capsys.readouterr().out
     check_saved(out, seen[2], tmp_path / "expected")
+    *_, final = metrics(out)
+    assert "the parameters are not finite after the last step" in " ".join(final["warnings"])
 
 
 def test_an_evaluation_whose_scores_are_not_finite_chooses_no_vectors(tmp_path, monkeypatch):
@@ -173,6 +175,18 @@ def test_a_cell_that_has_diverged_keeps_no_last_parameters():
     cell.fail("the loss is NaN")
     cell.take_best()
     assert (cell.parameters["l"].item(), cell.progress.last_parameters) == (1, {})
+
+
+def test_a_cell_that_ends_with_parameters_that_are_not_finite_says_so_of_its_best_ones():
+    """The loss of the last step was computed before its update."""
+    cell = CellByHand(1.0, eval_every=1)
+    cell.keep_if_best([{"accuracy": 0.4}])
+    cell.parameters["l"].data.fill_(float("nan"))
+    cell.take_best()
+    assert (cell.parameters["l"].item(), cell.progress.last_parameters) == (1, {})
+    assert cell.progress.failure is None
+    expected = "the parameters are not finite after the last step, so the best parameters from"
+    assert cell.progress.divergence.startswith(expected)
 
 
 def test_an_evaluation_without_results_is_a_miss():
