@@ -418,5 +418,8 @@ def typed_lines():
         except KeyboardInterrupt:
             notice("\n(Ctrl-D leaves)")
             continue
+        except UnicodeDecodeError:
+            notice("(this line is not UTF-8: type it again)")
+            continue
         if text:
             yield text

@@ -145,5 +145,8 @@ def make_parser(create, name, description, example, **options):
 
 
 def print_warning(message, *_):
+    from tqdm import tqdm
+
     if is_first():
-        print_error(f"minia3: {message}")
+        with tqdm.external_write_mode(file=sys.stderr):  # where a progress bar may be
+            print_error(f"minia3: {message}")

@@ -120,10 +120,11 @@ def run(args):
 
     if args.file == "-":
         args.file = "/dev/stdin"
-    if args.out == "-":
+    # What opens /dev/stdout a second time writes over what this process prints there.
+    if args.out in ("-", "/dev/stdout"):
         args.out = None
     check_out(args)
-    check_pipe(args.file)
+    check_file(args.file)
     if args.columns:
         read_columns(args.columns)  # to find mistakes before anything is loaded
     with first_goes_first():  # because these write and download
@@ -142,9 +143,9 @@ def run(args):
     elif not is_first():
         follow(prediction.lines)
     else:
-        lines = with_progress(prediction.lines, args)
+        lines = with_progress(prediction, args.file)
         try:
-            n_before, has_new = write_results(Path(args.out), lines, prediction.is_csv)
+            n_before, has_new = write_results(Path(args.out), lines, prediction.layout)
         except KeyboardInterrupt:
             if os.path.isfile(args.out):
                 with ignoring_interrupts():
@@ -165,9 +166,11 @@ def note_on_rows(n_before, has_new):
 def check_out(args):
     """Raise ValueError if the results cannot go into the file that --out names.
 
-    Either its format is not written, or it is the file of the rows itself, whose rows would be
-    taken for results that are there already.
+    Either it is a folder, or its format is not written, or it is the file of the rows itself, whose
+    rows would be taken for results that are there already.
     """
+    if args.out is not None and os.path.isdir(args.out):
+        raise ValueError(f"--out is {args.out}, a folder: expected a file, .jsonl or .csv")
     if args.out is not None and not has_known_format(args.out):
         raise ValueError(f"--out is {args.out}, expected a name that ends in .jsonl or .csv")
     paths = [args.file, args.out]
@@ -204,10 +207,16 @@ def without_quotes(text):
     return text
 
 
-def check_pipe(path):
-    """Raise ValueError if several processes would read one pipe: each would get other rows."""
+def check_file(path):
+    """Raise ValueError if a file of rows cannot be read, before anything is loaded, or if several
+    processes would read one pipe: each would get other rows.
+    """
+    from minia3.tasks.row_files import read_rows
+
     is_pipe = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
-    if is_pipe and n_processes() > 1:
+    if not is_pipe:
+        next(read_rows(path), None)
+    elif n_processes() > 1:
         raise ValueError(
             f"{path} is a pipe, and each of {n_processes()} processes would read a part of it: "
             "write the rows to a file first"
@@ -239,21 +248,26 @@ def check_adapter(path):
             check_adapter_folder(Path(path))
 
 
-def with_progress(lines, args):
-    """Return the function `lines`, which shows a progress bar if standard error is a terminal."""
+def with_progress(prediction, file):
+    """Return the function `prediction.lines`, which shows a progress bar if standard error is a
+    terminal. file: of the rows.
+    """
     from minia3.files.progress import progress_bar
     from minia3.files.streams import is_terminal
     from minia3.tasks.row_files import read_rows
 
     if not is_terminal(sys.stderr):
-        return lines
+        return prediction.lines
     n_rows = None
-    if Path(args.file).is_file():  # a pipe can be read only once
-        n_rows = sum(1 for _ in read_rows(args.file))
+    if Path(file).is_file():  # a pipe can be read only once
+        n_rows = sum(1 for _ in read_rows(file))
 
     def shown_lines(first_row=0):
+        lines = prediction.lines(first_row)
+        if prediction.is_csv and first_row == 0:
+            yield next(lines)  # the header, which the bar should not count as a row
         options = {"desc": "predicting", "total": n_rows, "initial": first_row, "leave": False}
-        return progress_bar(iterable=lines(first_row), **options)
+        yield from progress_bar(iterable=lines, **options)
 
     return shown_lines
 
@@ -414,6 +428,15 @@ class Prediction:
         if self.is_csv:
             return {name: name for name in self.forms.csv_columns}
         return {}
+
+    @property
+    def layout(self):
+        """What the lines of the file of results look like."""
+        from minia3.inference.prediction import KINDS_OF_RESULTS
+        from minia3.inference.result_file import Layout
+
+        kinds = (tuple(self.columns),) if self.columns else KINDS_OF_RESULTS
+        return Layout(self.is_csv, kinds)
 
     def lines(self, first_row=0):
         """Yield the lines of results from a row on; before the first row, the header of a csv."""

@@ -52,6 +52,8 @@ CHUNK = 256  # rows that are read, sorted by length and answered at a time
 RANKED = ("idx", "label", "choice", "scores")
 GENERATED = ("idx", "output")
 MIXED = (*RANKED, "output")  # if rows are answered in both ways, or it is not known how
+# The fields that results have. The word is that of a task with labels.
+KINDS_OF_RESULTS = (RANKED, (*RANKED, "word"), GENERATED)
 
 
 class Form(NamedTuple):

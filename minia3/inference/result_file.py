@@ -6,23 +6,31 @@ If the process is stopped, the same command counts the finished lines and contin
 import csv
 import io
 import json
+from typing import NamedTuple
 
 from minia3.files.lock import lock_folder
 from minia3.files.processes import from_first
 
 
-def write_results(path, lines, to_csv):
+class Layout(NamedTuple):
+    """What the lines of a file of results look like."""
+
+    to_csv: bool  # otherwise they are JSON objects
+    kinds: tuple[tuple[str, ...], ...]  # the names of each kind of row. A csv has only one kind.
+
+
+def write_results(path, lines, layout):
     """Write a file of results, or complete it: count its finished lines, and append the others.
 
     If the process was killed, the last line may be incomplete: it is cut, and the other lines stay
     as they are. They are not compared with the model or the rows: the caller must use the same.
 
-    lines: a function from the number of a row to an iterator of the lines from this row on. With
-    to_csv, lines(0) begins with the header, which is written with the first row. Each row is
-    written before the next one is asked for.
+    lines: a function from the number of a row to an iterator of the lines from this row on. Those
+    of a csv begin with the header, if the number is 0. It is written with the first row. Each row
+    is written before the next one is asked for.
 
     Return how many rows the file had already, and whether it has others now.
-    Raise ValueError if another process is writing the file, or if it begins differently.
+    Raise ValueError if another process is writing the file, or if it holds something else.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():  # a device or a pipe, which holds nothing
@@ -30,14 +38,11 @@ def write_results(path, lines, to_csv):
             return 0, write_lines(path, device, lines(from_first(0))) > 0
     # Without a buffer, so that nothing is left in it, to be written again, if the disk is full.
     with lock_folder(path.parent, path.name), path.open("a+b", buffering=0) as file:
-        expected = b"{"
-        if to_csv:
-            expected = next(iter(lines(0))).encode()
-        check_beginning(path, file, expected)
-        n_rows, n_bytes = count_finished(path, to_csv)
+        check_first_line(path, file, layout)
+        n_rows, n_bytes = count_finished(path, layout.to_csv)
         file.truncate(n_bytes)
         new_lines = iter(lines(from_first(n_rows)))
-        if to_csv and n_rows == 0:
+        if layout.to_csv and n_rows == 0:
             new_lines = with_header(new_lines)
         return n_rows, write_lines(path, file, new_lines) > 0
 
@@ -81,16 +86,37 @@ def with_header(lines):
     yield from lines
 
 
-def check_beginning(path, file, expected):
-    """Raise ValueError if a file, which may be cut short, does not begin with `expected`.
+def check_first_line(path, file, layout):
+    """Raise ValueError if the first line of a file, which may be cut short, is not one of these
+    results.
 
     This keeps results from being appended to a file with other columns, or to some other file.
     """
+    if layout.to_csv:
+        expected = csv_line(layout.kinds[0]).encode()
+    else:
+        first_name = layout.kinds[0][0]
+        expected = f"{{{json.dumps(first_name)}: ".encode()
     file.seek(0)
     found = file.read(len(expected))
-    if not expected.startswith(found):
+    is_result = expected.startswith(found)
+    if is_result and not layout.to_csv:
+        file.seek(0)
+        found = file.readline()
+        is_result = not found.endswith(b"\n") or names_in(found) in layout.kinds
+    if not is_result:
         message = f"{path} is not a file of these results: it begins with {found!r:.80}"
-        raise ValueError(f"{message}, expected {expected!r:.80}. Give another --out, or remove it")
+        names = " or ".join(map(", ".join, layout.kinds))
+        raise ValueError(f"{message}, expected {names}. Give another --out, or remove it")
+
+
+def names_in(line):
+    """Return the names in a line if it is a JSON object, or None."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return tuple(row) if isinstance(row, dict) else None
 
 
 def count_finished(path, to_csv):

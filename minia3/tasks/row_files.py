@@ -119,7 +119,9 @@ def read_rows(
 @contextmanager
 def open_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file to read its bytes, after unpacking if its name ends in .gz."""
-    with path.open("rb") as file:
+    # Standard input may be a socket, which cannot be opened once more.
+    is_stream = path == Path("/dev/stdin") and not path.is_file()
+    with open(0, "rb", closefd=False) if is_stream else path.open("rb") as file:
         if path.suffix.lower() != ".gz":
             yield file
             return

@@ -21,7 +21,7 @@ from command_line import answered, failure, output, python, read_until
 from conftest import randomize
 
 import minia3
-from minia3.cli.generate import options_of
+from minia3.cli.generate import options_of, typed_lines
 from minia3.cli.main import main, parse
 from minia3.files.program import CtrlC
 from minia3.inference import decoding
@@ -598,6 +598,21 @@ def test_a_conversation_on_a_terminal_can_be_edited_and_says_how_to_leave():
     assert "(Ctrl-D leaves)" in conversation.read(b"\n> ")
     conversation.type("\x04")
     assert conversation.end() == 0
+
+
+def test_a_typed_line_that_is_not_utf8_does_not_end_a_conversation(monkeypatch, capsys):
+    typed = iter([UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "unexpected end of data"), " w3 "])
+
+    def read(prompt):
+        line = next(typed, EOFError())
+        if isinstance(line, Exception):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert list(typed_lines()) == ["w3"]
+    assert "(this line is not UTF-8: type it again)" in capsys.readouterr().out
 
 
 @pytest.mark.slow

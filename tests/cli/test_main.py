@@ -25,6 +25,8 @@ from minia3.files import processes
 from minia3.files.program import begin, forget_interrupt, freeze_objects
 from minia3.training import memory_plan
 
+ROWS = ROOT / "data" / "same-colour" / "test.jsonl"
+
 EXAMPLES = {
     name: shlex.split(command.EXAMPLE.removeprefix("minia3 ")) for name, command in COMMANDS.items()
 }
@@ -122,9 +124,9 @@ def test_the_help_of_a_command_explains_every_argument_and_ends_with_an_example(
 @pytest.mark.parametrize(
     ("name", "present", "absent"),
     [
-        ("merge", ["--quantize"], ["as --dtype says"]),
-        ("info", ["--quantize"], ["as --dtype says"]),
-        ("predict", ["--quantize", "as --dtype says", "--dtype"], []),
+        ("merge", ["--quantize"], ["(default: neither)"]),
+        ("info", ["--quantize"], ["(default: neither)"]),
+        ("predict", ["--quantize", "(default: neither)", "--dtype"], []),
         ("study", ["folder of all runs", "--steps"], ["--resume", "--or-resume", "--config"]),
     ],
 )
@@ -203,7 +205,7 @@ def test_prompts_and_flags_come_in_any_order(words):
         (["generate", "tiny-t5", "--adapter", "", "x"], ["--adapter", "found an empty text"]),
         (["predict", "tiny-t5", "rows.jsonl", "--adapter", ""], ["found an empty text"]),
         (["predict", "tiny-t5", "nowhere.jsonl"], ["nowhere.jsonl", "not found"]),
-        (["predict", "tiny-t5", "nowhere.jsonl", "--task", "rtx"], ["--task is 'rtx'", "rte"]),
+        (["predict", "tiny-t5", str(ROWS), "--task", "rtx"], ["--task is 'rtx'", "rte"]),
         (["merge", "tiny-t5", "nowhere", "out"], ["nowhere"]),
         (["convert", "nowhere", "out"], ["nowhere"]),
         (["mix", "out"], ["adapter:weight", "required"]),

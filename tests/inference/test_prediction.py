@@ -9,7 +9,11 @@ import io
 import json
 import os
 import random
+import re
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import chat_model
@@ -942,6 +946,59 @@ def test_a_pipe_is_read_once_also_if_a_bar_shows_the_progress(tmp_path, capsys, 
         assert out.read_bytes() == whole.read_bytes()
 
 
+def test_standard_input_may_be_a_socket(tmp_path, capsys):
+    """Node connects a process by sockets, and a socket cannot be opened by a path."""
+    file = write(tmp_path / "rows.jsonl", running.rows(3))
+    expected = predicted(capsys, running.model("t5"), file)
+    ours, theirs = socket.socketpair()
+    words = ["predict", str(running.model("t5")), "-", "--device", "cpu"]
+    command = [sys.executable, "-m", "minia3", *words]
+    process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, cwd=running.ROOT)
+    theirs.close()
+    ours.sendall(file.read_bytes())
+    ours.close()
+    output, _ = process.communicate()
+    assert process.returncode == 0
+    assert list(map(json.loads, output.splitlines())) == expected
+
+
+def test_results_for_the_device_of_standard_output_are_printed(tmp_path, capsys):
+    """Whatever opens it a second time writes over what the process prints."""
+    file = write(tmp_path / "rows.jsonl", running.rows(3))
+    expected = predicted(capsys, running.model("t5"), file)
+    assert predicted(capsys, running.model("t5"), file, "--out", "/dev/stdout") == expected
+
+
+def test_a_mistake_in_the_names_of_files_is_found_before_anything_is_loaded(
+    tmp_path, capsys, monkeypatch
+):
+    def load_model(*args, **options):
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr("minia3.checkpoints.load.load_model", load_model)
+    file = write(tmp_path / "rows.jsonl", running.rows(3))
+    (tmp_path / "results").mkdir()
+    model = running.model("t5")
+    assert "nowhere.jsonl: not found" in fails(capsys, model, tmp_path / "nowhere.jsonl")
+    assert "rows.cvs: .cvs is not read" in fails(capsys, model, tmp_path / "rows.cvs")
+    assert "results: a folder; expected a file" in fails(capsys, model, tmp_path / "results")
+    error = fails(capsys, model, file, "--out", tmp_path / "results")
+    assert f"--out is {tmp_path / 'results'}, a folder: expected a file" in error
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.csv"])
+def test_the_bar_counts_rows_and_warnings_stand_above_it(name, tmp_path, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr("minia3.files.progress.INTERVAL", 0)
+    file = write(tmp_path / "rows.jsonl", [*running.rows(3), {"premise": "w3", "hypothesis": ""}])
+    predict(running.model("t5"), file, "--out", tmp_path / name)
+    assert re.findall(r"predicting: .*?(\d+/\d+) ", terminal.getvalue())[-1] == "4/4"
+    warnings = re.findall(r"([^\r\n]*)minia3: [^\n]*\n", terminal.getvalue())
+    assert warnings == ["", ""]  # on an empty column, and on texts that were cut
+
+
 def test_a_dash_is_standard_input_or_output(tmp_path, capsys, monkeypatch):
     file = write(tmp_path / "rows.jsonl", running.rows(3))
     expected = predicted(capsys, running.model("t5"), file)
@@ -1125,7 +1182,27 @@ def test_a_csv_file_with_other_columns_is_not_appended_to(tmp_path, capsys):
         assert out.read_bytes() == text
 
 
-@pytest.mark.parametrize("text", ["mine\n", "mine", "[1, 2]\n", " \n"])
+@pytest.mark.parametrize("flags", [[], ["--columns", "label,choice"], ["--columns", "idx,choice"]])
+def test_json_lines_with_other_columns_are_not_appended_to(tmp_path, capsys, flags):
+    out = tmp_path / "out.jsonl"
+    file = write(tmp_path / "rows.jsonl", running.rows(4))
+    predict(running.model("t5"), file, "--out", out, *flags)
+    whole = out.read_bytes()
+    first, *_ = whole.splitlines(keepends=True)
+    for columns in ("label,choice", "idx,choice", "idx", "idx,choice,label", "ID=idx"):
+        if columns in flags:
+            continue
+        error = fails(capsys, running.model("t5"), file, "--out", out, "--columns", columns)
+        assert f"{out} is not a file of these results" in error
+        assert out.read_bytes() == whole
+    out.write_bytes(first)
+    predict(running.model("t5"), file, "--out", out, *flags)
+    assert out.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "text", ["mine\n", "mine", "[1, 2]\n", " \n", '{"a": 1}', '{"a": 1}\n', '{"idx": 0, "a": 1}\n']
+)
 @pytest.mark.parametrize("name", ["notes", "notes.jsonl", "notes.csv"])
 def test_another_file_is_not_appended_to(name, text, tmp_path, capsys):
     out = tmp_path / name
