@@ -54,6 +54,7 @@ from minia3.training.run_folder import (
     environment,
     read_run_config,
     record_run,
+    record_trackers,
 )
 from minia3.training.shown_commands import SCRIPT, resume_command, unrecorded_flags
 from minia3.training.signals import Stopped
@@ -248,8 +249,12 @@ class Run:
 
     def send_to_new_trackers(self, config):
         """Hand a finished run to the trackers of --log-to, unless config.json has the same ones."""
-        if "log_to" in self.unrecorded:
-            self.trackers = start_trackers(config, self.written_folder)
+        if "log_to" not in self.unrecorded:
+            return
+        self.trackers = start_trackers(config, self.written_folder)
+        if self.trackers:
+            record_trackers(self.folder, config)
+            print(f"note     the lines of {self.folder} were sent to {config.log_to}")
 
     def send_lines(self):
         """Hand over the lines that the trackers have not got yet.
@@ -422,7 +427,7 @@ class Run:
     @property
     def ending(self):
         """How a run has ended that was neither stopped nor raised an error."""
-        return "finished" if self.failed_message is None else "failed"
+        return "finished" if self.failure is None else "failed"
 
     def describe_failures(self):
         """Return which adapters of a grid have failed, and which have results, or None.

@@ -451,6 +451,11 @@ def record_run(folder, files, config):
     return changes
 
 
+def record_trackers(folder, config):
+    """Write --log-to into the config.json of a finished run, so that nothing is sent twice."""
+    write_json(folder / "config.json", read_run_config(folder) | {"log_to": config.log_to})
+
+
 def code_changes(recorded, now):
     """Return what a run was computed with so far, and is computed with now: name to both values.
 

@@ -139,7 +139,7 @@ class WandB:
         self.config = config
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=folder.name,
+            name=os.environ.get("WANDB_NAME", folder.name),
             dir=str(folder),
             config=vars(config),
         )
@@ -153,6 +153,16 @@ class WandB:
         self.run.finish(exit_code=EXIT_CODES[ending])
 
 
+def find_experiment(client):
+    """Return the id of the experiment of MLflow that the environment names. None: it is made."""
+    given_id = os.environ.get("MLFLOW_EXPERIMENT_ID")
+    if given_id:
+        return given_id
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+    experiment = client.get_experiment_by_name(name)
+    return experiment.experiment_id if experiment else client.create_experiment(name)
+
+
 class MLflow:
     """Sends a run to the server or the folder that MLFLOW_TRACKING_URI names."""
 
@@ -161,12 +171,7 @@ class MLflow:
 
         self.config = config
         self.client = mlflow.MlflowClient()  # which, unlike mlflow.start_run, has no global run
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-        experiment = self.client.get_experiment_by_name(name)
-        experiment_id = experiment.experiment_id if experiment else None
-        if experiment_id is None:
-            experiment_id = self.client.create_experiment(name)
-        run = self.client.create_run(experiment_id, run_name=folder.name)
+        run = self.client.create_run(find_experiment(self.client), run_name=folder.name)
         self.run_id = run.info.run_id
         for flag, value in vars(config).items():
             self.client.log_param(self.run_id, flag, value)

@@ -17,7 +17,7 @@ from minia3.training import trackers
 from minia3.training.group import Group
 from minia3.training.log import TrainingLog
 from minia3.training.run import Run
-from minia3.training.trackers import figures
+from minia3.training.trackers import figures, find_experiment
 
 
 def expected_figures(folder, method="ia3"):
@@ -126,14 +126,56 @@ def test_a_finished_run_can_still_be_sent(tmp_path, names, capsys):
     assert names == []
     lines = (out / "metrics.jsonl").read_bytes()
     assert run(["--resume", out, "--log-to", "tensorboard"]) == 0
-    assert "is finished" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "is finished" in output
+    assert f"note     the lines of {out} were sent to tensorboard" in output
     assert ("train/loss", 2) in names
     assert any(name.startswith("final/") for name, _ in names)
     assert (out / "metrics.jsonl").read_bytes() == lines
     n_sent = len(names)
     assert run(["--resume", out]) == 0
+    assert run(["--resume", out, "--log-to", "tensorboard"]) == 0  # it has the run already
     assert run(["--resume", out, "--log-to", "none"]) == 0
     assert len(names) == n_sent
+
+
+class Endings:
+    """Remembers how runs have ended."""
+
+    seen = ()
+
+    def __init__(self, config, folder):
+        pass
+
+    def write(self, line):
+        pass
+
+    def close(self, ending):
+        Endings.seen += (ending,)
+
+
+def test_a_grid_with_an_adapter_that_failed_is_sent_as_one_that_failed(tmp_path, monkeypatch):
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", Endings)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    out = tmp_path / "run"
+    assert run(words(out, steps=4, lr="1e30,0.01", warmup_ratio=0)) == 1
+    monkeypatch.setattr(Endings, "seen", ())
+    assert run(["--resume", out, "--log-to", "wandb"]) == 0
+    assert Endings.seen == ("failed",)
+
+
+def test_the_environment_names_the_experiment_of_mlflow(monkeypatch):
+    found = {"mine": SimpleNamespace(experiment_id="3")}
+    client = SimpleNamespace(
+        get_experiment_by_name=found.get, create_experiment=lambda name: f"new {name}"
+    )
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID", raising=False)
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    assert find_experiment(client) == "new minia3"
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    assert find_experiment(client) == "3"
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "17")
+    assert find_experiment(client) == "17"
 
 
 @pytest.mark.slow
