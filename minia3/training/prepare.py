@@ -43,6 +43,6 @@ def prepare_model(model, config):
         recompute_blocks(blocks)
     if config.compile:
         # torch compiles a block for each kind of call: padded or not, training or not ...
-        torch._dynamo.config.cache_size_limit = 64
+        torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
         for block in blocks:
             block.compile(dynamic=True)

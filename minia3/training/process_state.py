@@ -23,6 +23,8 @@ def unchanged_process():
     determinism = torch.get_deterministic_debug_mode()
     workspace = os.environ.get(WORKSPACE)
     random = torch.get_rng_state()
+    # Apple's GPU is apart, because `torch.manual_seed` reaches it even if nothing has used it.
+    random_on_mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     started = [module for module in accelerators() if module.is_initialized()]
     random_on_accelerators = [module.get_rng_state_all() for module in started]
     cards = [module.current_device() for module in started]
@@ -41,6 +43,8 @@ def unchanged_process():
         torch.set_num_threads(n_threads)
         set_determinism(determinism)
         torch.set_rng_state(random)
+        if random_on_mps is not None:
+            torch.mps.set_rng_state(random_on_mps)
         for module, states, card in zip(started, random_on_accelerators, cards, strict=True):
             module.set_rng_state_all(states)
             module.set_device(card)

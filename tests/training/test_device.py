@@ -242,6 +242,20 @@ def test_an_accelerator_that_the_run_was_the_first_to_use_gets_the_seed_of_the_p
     assert seeds == [5]
 
 
+def test_the_random_numbers_of_apples_gpu_are_put_back(monkeypatch):
+    """`torch.manual_seed` reaches them, whatever device the run is on."""
+    states = []
+    module = SimpleNamespace(get_rng_state=lambda: "before", set_rng_state=states.append)
+    monkeypatch.setattr(torch, "mps", module)
+    with unchanged_process():
+        assert states == []
+    assert states == []  # there is no such GPU
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with unchanged_process():
+        assert states == []
+    assert states == ["before"]
+
+
 def test_torch_2_5_has_no_module_for_accelerators(monkeypatch):
     monkeypatch.delattr(torch, "accelerator", raising=False)
     assert available_devices()[-1] == "cpu"

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import running
 import torch
+import torch._dynamo
 
+import minia3
+from minia3.training.config import Config
 from minia3.training.device import peak_memory
-from minia3.training.prepare import forget_peak_memory
+from minia3.training.prepare import forget_peak_memory, prepare_model
 
 LARGE = 600 * 10**6  # bytes
 
@@ -39,3 +42,12 @@ def test_a_device_that_has_allocated_nothing_has_no_peak_to_forget(monkeypatch):
 
     monkeypatch.setattr(torch, "cuda", SimpleNamespace(reset_peak_memory_stats=refuse))
     forget_peak_memory(torch.device("cuda:0"))
+
+
+@pytest.mark.parametrize("limit", [8, 256])
+def test_compiling_only_raises_the_limit_of_the_compiler(limit):
+    """It is a setting of the whole process, and a notebook may have raised it for other models."""
+    model = minia3.load_model("tiny-t5")
+    with torch._dynamo.config.patch(cache_size_limit=limit):
+        prepare_model(model, Config(compile=True))
+        assert torch._dynamo.config.cache_size_limit == max(64, limit)
