@@ -13,12 +13,12 @@ from minia3.files.write import finish_writing, is_free, writing_folder
 from minia3.training.choices import DTYPES
 
 MODEL_HELP = "known name (t5-base ...), hub id, folder or .gguf file"
-FIRST_DEVICE = "the first of cuda, mps, xpu and cpu that this machine has"
-QUANTIZE_HELP = "keep the weights of the blocks in 8 or 4 bits (default: as --dtype says)"
+FIRST_DEVICE = "a GPU if PyTorch finds one"
+QUANTIZE_HELP = "keep the weights of the blocks in 8 or 4 bits (default: neither)"
 
 
 def add_model(parser):
-    parser.add_argument("model", help=MODEL_HELP)
+    parser.add_argument("model", type=expand_home, help=MODEL_HELP)
 
 
 def add_adapter_option(parser):
@@ -68,7 +68,8 @@ def add_device_options(parser, default_device=FIRST_DEVICE):
     parser.add_argument(
         "--device", help=f"cpu, cuda, cuda:1, mps, xpu ... (default: {default_device})"
     )
-    add_dtype(parser, "dtype of the weights (default: that of the stored weights)")
+    default = "as stored, but float32 for a float16 T5 or a quantized GGUF"
+    add_dtype(parser, f"dtype of the weights (default: {default})")
     parser.add_argument(
         "--check-weights",
         action="store_true",
@@ -91,7 +92,8 @@ def add_shard(parser):
         type=int,
         const=0,
         metavar="N",
-        help="divide the model among N of the processes that torchrun starts, or among all of them",
+        help="let every N of the processes that torchrun starts share one copy of the model "
+        "(without N: all)",
     )
     parser.add_argument(
         "--offload",

@@ -23,7 +23,8 @@ MODEL_OPTIONS = ("device", "dtype", "check_weights")
 
 
 def add_arguments(parser):
-    parser.add_argument("model", help=f"a model: {MODEL_HELP}; or an adapter: folder or file")
+    model_help = f"a model: {MODEL_HELP}; or an adapter: folder or file"
+    parser.add_argument("model", type=expand_home, help=model_help)
     add_new_folder(parser)
     parser.add_argument(
         "--to",

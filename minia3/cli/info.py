@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 
 from minia3.cli.arguments import MODEL_HELP, add_quantize, positive
 from minia3.cli.terminal import format_size, show
+from minia3.files.home import expand_home
 from minia3.model.costs import LAYER_FIELDS
 
 TITLE = "Describe a model and the memory that it takes, or list the models that are known by name"
@@ -35,7 +36,7 @@ NF4_NOTE = (
 
 
 def add_arguments(parser):
-    parser.add_argument("model", nargs="?", help=MODEL_HELP)
+    parser.add_argument("model", nargs="?", type=expand_home, help=MODEL_HELP)
     parser.add_argument(
         "--list", action="store_true", help="list the known models, with their names on the hub"
     )

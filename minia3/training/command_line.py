@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from minia3.files.processes import has_several_processes
 from minia3.files.streams import print_error
 from minia3.training.config import ADVICE, GROUPS, Config
 from minia3.training.config_file import read_config_file
-from minia3.training.flags import Parser, add_flags
+from minia3.training.flags import Parser, add_flags, option
 from minia3.training.rules import check_config
 from minia3.training.run_folder import check_same_flags, restore_flags
 from minia3.training.shown_commands import MAY_DIFFER
@@ -65,6 +66,9 @@ def complete(given):
     given: name of the field -> value. --config and --resume name a file and a folder with others.
     """
     given = expand_paths(given)
+    for name in ("config", "resume"):  # which are used before `check_config`
+        if not isinstance(given.get(name), str | os.PathLike | None):
+            raise ValueError(f"{option(name)} is {given[name]!r:.80}, expected str")
     if given.get("resume") is not None:
         config = restore_flags(given)
     else:
@@ -99,10 +103,10 @@ def resume_if_begun(config, flags):
     """
     if config.out is None:
         raise ValueError("--or-resume looks for a run in the folder of --out: give --out, too")
+    check_config(config)  # before its flags are used
     folder = Path(config.out)
     if not (folder / "config.json").exists():
         return dataclasses.replace(config, or_resume=False)  # which config.json should not have
-    check_config(config)  # before its flags are compared
     check_same_flags(folder, config)
     given = {name: flags.get(name) for name in MAY_DIFFER}
     config = restore_flags({"resume": config.out, **given})

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -77,6 +78,20 @@ def test_a_run_and_a_command_write_into_the_home_folder(tmp_path, monkeypatch):
     assert main([*map(str, words), "--device=cpu"]) == 0
     assert (tmp_path / "me" / "out.csv").read_text().startswith("~/{idx}\n0\n")
     assert os.listdir(tmp_path) == ["me"]
+
+
+def test_a_command_finds_its_model_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    monkeypatch.chdir(tmp_path)
+    minia3.save_model(minia3.load_model("tiny-t5"), "~/model", minia3.load_tokenizer("tiny-t5"))
+    minia3.save_adapter(minia3.load_model("tiny-t5"), "~/adapter")
+    assert main(["info", "~/model"]) == 0
+    assert main(["convert", "~/model", "~/converted"]) == 0
+    assert main(["merge", "~/model", "~/adapter", "~/merged"]) == 0
+    assert main(["convert", "~/adapter", "~/copied"]) == 0
+    assert main(["generate", "~/model", "compare .", "--device=cpu"]) == 0
+    folders = {"model", "adapter", "converted", "merged", "copied"}
+    assert set(os.listdir(tmp_path / "me")) == folders
 
 
 def test_functions_of_python_read_and_write_in_the_home_folder(tmp_path, monkeypatch):
@@ -420,6 +435,15 @@ def test_or_resume_goes_on_with_a_grid_that_has_some_of_its_results(tmp_path, ca
     assert run(again) == 0
     assert "is finished" not in capsys.readouterr().out
     assert outcome(tmp_path / "run") == expected
+
+
+@pytest.mark.parametrize(
+    "flags", [{"out": 7, "or_resume": True}, {"resume": 7}, {"resume": ["a"]}, {"config": 7}]
+)
+def test_a_path_that_is_no_text_is_a_mistake(flags):
+    name, value = next(iter(flags.items()))
+    with pytest.raises(ValueError, match=re.escape(f"--{name} is {value!r}, expected str")):
+        complete(flags)
 
 
 def test_or_resume_leaves_no_trace_in_the_record_of_a_run(tmp_path):
