@@ -24,9 +24,10 @@ from minia3.model.recompute import N_IN_CACHE
 def gated_hidden(ffn, gate_BLF, up_BLF, adapter_B):
     """Return ffn.hidden(gate, up, adapter) (B, L, F). Keep gate and up for the backward pass.
 
-    ffn: a gated FeedForward (blocks.py). If no gradient is recorded, this overwrites gate_BLF, so
-    the caller must not use it afterwards. torch.compile decides for itself what to keep, so it gets
-    the plain lines.
+    ffn: a gated FeedForward (blocks.py). Its vectors are looked up again in the backward pass, so
+    the rows of adapter_B must not change before it. If no gradient is recorded, this overwrites
+    gate_BLF, so the caller must not use it afterwards. torch.compile decides for itself what to
+    keep, so it gets the plain lines.
     """
     records_gradient = torch.is_grad_enabled()
     if records_gradient and not torch.compiler.is_compiling():

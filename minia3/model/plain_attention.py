@@ -13,7 +13,7 @@ W for a few rows at a time, so that it stays in a core's cache.
 
 In the forward pass, PyTorch's kernel is the faster one for a single short row, and on a processor
 without fast scores (exact_products.py). So it is in both passes for long texts: with 12 heads, more
-than 387 tokens, or 180 without fast scores. In float16, PyTorch is faster, at least on a processor
+than 387 tokens, or 182 without fast scores. In float16, PyTorch is faster, at least on a processor
 without instructions for it.
 
 Dropout replaces W by W * Z in `out` and in `dv`, and multiplies dW by Z, whose entries are 0 or

@@ -21,7 +21,8 @@ from minia3.training.flags import flag
 
 GROUPS = {  # the first field of each group of --help -> the title of the group
     "model": "what is trained, and on what",
-    "data_dir": "where the data, the run and the model are",
+    "data_dir": "files and folders",
+    "device": "the device, and how it computes",
     "steps": "the recipe, with T-Few's values",
     "max_length": "evaluation and checkpoints",
 }
@@ -112,7 +113,9 @@ class Config:
         "for several tasks: each (an adapter per task) or one (an adapter for their mixture)",
         one_of=("each", "one"),
     )
-    cap: int = flag(2**16, "a mixture counts a task as having at most this many rows", at_least=1)
+    cap: int = flag(
+        2**16, "draw a larger task of a mixture as if it had this many rows", at_least=1
+    )
     seed: int | tuple = flag(
         0,
         "seed of shots, order, prompts, dropout, held-out rows, RAFT's fold and the start of LoRA; "
@@ -122,7 +125,7 @@ class Config:
     )
     adapter: str | None = flag(
         None,
-        "PEFT adapter to start from, or to evaluate (default: none, so all vectors are one)",
+        "PEFT adapter to start from, or to evaluate (default: none, so all vectors start at 1)",
         also=["--init"],
     )
     eval_only: bool = flag(False, "evaluate and stop; nothing is written unless --out is given")
@@ -152,8 +155,7 @@ class Config:
     )
     device: str | None = flag(
         None,
-        "cpu, cuda, cuda:1, mps, xpu ... (default: the first of cuda, mps, xpu and cpu that this "
-        "machine has)",
+        "cpu, cuda, cuda:1, mps, xpu ... (default: a GPU if PyTorch finds one)",
     )
     dtype: str | None = flag(
         None,
@@ -163,7 +165,7 @@ class Config:
     )
     quantize: str | None = flag(
         None,
-        "int8 or nf4 keeps the weights of the blocks in 8 or 4 bits (default: as --dtype says)",
+        "int8 or nf4 keeps the weights of the blocks in 8 or 4 bits (default: neither)",
         one_of=QUANTIZED,
     )
     shard: int | None = flag(
@@ -253,8 +255,8 @@ class Config:
     eval_batch_size: int = flag(16, "rows per forward pass in evaluation", at_least=1)
     eval_every: int = flag(
         0,
-        "steps between evaluations on held-out rows, which choose the best vectors; the last step "
-        "has one, too (0: never)",
+        "evaluate on held-out rows after every so many steps and after the last one, and keep the "
+        "best vectors (0: never)",
         at_least=0,
     )
     patience: int = flag(
