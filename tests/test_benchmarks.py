@@ -141,6 +141,7 @@ def test_every_line_works_on_a_t5(tmp_path, capsys, monkeypatch):
     }
     assert {row["alone_of"] for row in rows.values() if "alone" in row} == {
         measure.ALL_KERNELS,
+        "the same, building the layers",
         "building, folding and writing",
         "the base, multiplications",
     }
