@@ -175,6 +175,7 @@ def test_a_cell_that_has_diverged_keeps_no_last_parameters():
     cell.fail("the loss is NaN")
     cell.take_best()
     assert (cell.parameters["l"].item(), cell.progress.last_parameters) == (1, {})
+    assert cell.progress.divergence.startswith("the loss is NaN, so the best parameters")
 
 
 def test_a_cell_that_ends_with_parameters_that_are_not_finite_says_so_of_its_best_ones():
