@@ -17,7 +17,9 @@ sharded like any other parameter. Scales stay float32 or wider whatever the dtyp
 Shapes: O outputs, I inputs, C codes of a row, N scales of a row.
 """
 
+import importlib
 import logging
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -139,13 +141,30 @@ def check_nf4_width(n_inputs):
 
 def bitsandbytes_functions():
     """Return bitsandbytes.functional. Raise ValueError if it is not installed."""
-    # It warns once if its fast products for CPUs are missing. We use torch's products instead.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
+        if "bitsandbytes" not in sys.modules:
+            import_without_kernels()
         from bitsandbytes import functional
     except ImportError as error:
         raise ValueError(f"nf4 needs bitsandbytes: {error}: pip install 'minia3[quant]'") from None
     return functional
+
+
+def import_without_kernels():
+    """Import bitsandbytes without its fast products for CPUs. We use torch's products instead.
+
+    On a CPU with bfloat16, the import would download them from the hub, if it found the package
+    `kernels` (which transformers 5.25 brings). Without the package, it only warns.
+    """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    found = sys.modules.get("kernels")
+    sys.modules["kernels"] = None  # to import it fails, as if it were not installed
+    try:
+        importlib.import_module("bitsandbytes")
+    finally:
+        del sys.modules["kernels"]
+        if found is not None:
+            sys.modules["kernels"] = found
 
 
 # What `load_model(quantize=...)` accepts. minia3/training/choices.py repeats the names.

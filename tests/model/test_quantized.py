@@ -3,7 +3,9 @@ codes mean, in the forward and in the backward pass, and keeps nothing of them i
 """
 
 import copy
+import importlib
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from minia3.model.quantized import (
     QUANTIZED,
     Int8Linear,
     NF4Linear,
+    bitsandbytes_functions,
     dequantize,
     quantized_linears,
 )
@@ -145,6 +148,23 @@ def test_without_bitsandbytes_nf4_names_the_extra_that_brings_it(monkeypatch):
         ValueError, match=r"nf4 needs bitsandbytes: .*: pip install 'minia3\[quant\]'"
     ):
         NF4Linear.from_weight(random_weight(64, 64))
+
+
+@mock.patch.dict(sys.modules)
+@pytest.mark.parametrize("is_imported", [False, True])
+def test_bitsandbytes_is_imported_without_kernels_of_the_hub(tmp_path, monkeypatch, is_imported):
+    """The real bitsandbytes asks for them only on some processors, so this is another package."""
+    (tmp_path / "bitsandbytes").mkdir()
+    (tmp_path / "bitsandbytes" / "__init__.py").write_text("import kernels\n")
+    (tmp_path / "kernels.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("bitsandbytes", "bitsandbytes.functional", "kernels"):
+        sys.modules.pop(name, None)
+    kernels = importlib.import_module("kernels") if is_imported else None
+    with pytest.raises(ValueError, match="nf4 needs bitsandbytes: import of kernels halted"):
+        bitsandbytes_functions()
+    assert sys.modules.get("kernels") is kernels
+    assert importlib.import_module("kernels").__file__ == str(tmp_path / "kernels.py")
 
 
 def test_nothing_but_the_parameters_is_kept_for_the_backward_pass(kind):
