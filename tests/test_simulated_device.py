@@ -25,6 +25,7 @@ from on_device import (
     on_sim,
     total,
 )
+from optional import require_bitsandbytes
 from running import TIMES, events, metrics, model, rows, run, task, words, write
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -177,7 +178,7 @@ def test_a_stream_is_equal_and_reads_each_token_once(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_quantized_model_writes_the_same_texts(name, quantize):
     if quantize == "nf4":
-        pytest.importorskip("bitsandbytes")
+        require_bitsandbytes()
     on_cpu, found, _ = on_both(generated, model(f"{name}-wide"), GREEDY, quantize)
     assert found == on_cpu
 
@@ -323,7 +324,7 @@ def test_runs_are_equal(name, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_on_an_nf4_base_is_equal(name, tmp_path):
-    pytest.importorskip("bitsandbytes")
+    require_bitsandbytes()
     flags = {**EVALUATING, "model": model(f"{name}-wide"), "task": task(), "quantize": "nf4"}
     on_cpu, found, _ = on_both(trained, tmp_path, flags)
     same(found, on_cpu)

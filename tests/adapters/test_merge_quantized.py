@@ -4,6 +4,7 @@ codes."""
 import pytest
 import torch
 from conftest import logits, make, off, randomize, tokens
+from optional import require_bitsandbytes
 
 import minia3
 from minia3.adapters.merge import merge_files
@@ -143,7 +144,7 @@ def adapter_and_base(folder, name, quantize):
 @pytest.mark.parametrize("name", ["t5-v1.0", "llama-gqa", "qwen2"])
 def test_what_is_dequantized_and_merged_is_what_was_trained(tmp_path, name, quantize):
     if quantize == "nf4":
-        pytest.importorskip("bitsandbytes")
+        require_bitsandbytes()
     model = adapter_and_base(tmp_path, name, quantize)
     expected = logits(model, SOURCE, MASK, TARGET)
     options = {"dtype": torch.float64, "quantize": quantize}

@@ -11,6 +11,7 @@ import torch.distributed
 from anonymous_memory import anonymous, sampling
 from checkpoint_folders import FORMS, refusal, write_weights
 from conftest import make
+from optional import require_bitsandbytes
 from ranks import my_shards, on_ranks
 from safetensors.torch import load_file, save_file
 from torch_version import divides_a_base, divides_a_quantized_base
@@ -68,7 +69,7 @@ def test_every_form_of_file_is_read_to_the_same_bits(peer, tmp_path):
 @divides_a_quantized_base
 @pytest.mark.slow
 def test_gguf_metas_files_and_nf4_are_read_to_the_same_bits_by_three_processes(peer, tmp_path):
-    pytest.importorskip("bitsandbytes")
+    require_bitsandbytes()
     # Late, because the processes import this module, too, and these take seconds.
     test_gguf = pytest.importorskip("test_gguf")
     import test_meta
@@ -99,7 +100,7 @@ def refusal_of_divided(folder):
 @divides_a_quantized_base
 @pytest.mark.slow
 def test_scales_of_nf4_that_are_not_finite_are_found_by_every_process(tmp_path):
-    pytest.importorskip("bitsandbytes")
+    require_bitsandbytes()
     import test_nf4_files  # late: see above
 
     test_nf4_files.write_quantized("llama-gqa", tmp_path, double_quant=False)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from checkpoint_folders import refusal
 from conftest import logits, make, off, randomize, tokens
+from optional import require_bitsandbytes
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -25,7 +26,7 @@ from minia3.training.device_plan import Plan, recipe_shape
 from minia3.training.methods import trainable_parameters
 from minia3.training.shards import is_enough_memory
 
-functional = pytest.importorskip("bitsandbytes.functional")
+functional = require_bitsandbytes()
 
 WIDE = {
     "llama-gqa": {"hidden_size": 64, "intermediate_size": 128},

@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import logits, make, off, randomize, tokens
+from optional import require_bitsandbytes
 from test_compile import compile_blocks
 from torch import nn
 
@@ -47,7 +48,7 @@ TARGET = tokens(3, 5, seed=1)
 
 def skip_without_bitsandbytes(kind):
     if kind == "nf4":
-        pytest.importorskip("bitsandbytes")
+        require_bitsandbytes()
 
 
 @pytest.fixture(params=KINDS)
@@ -103,7 +104,7 @@ def test_an_int8_entry_is_off_by_at_most_half_a_step_and_the_largest_of_a_row_is
 
 
 def test_nf4_is_bitsandbytes_nf4():
-    functional = pytest.importorskip("bitsandbytes.functional")
+    functional = require_bitsandbytes()
     weight_OI = random_weight(96, 128)
     codes, state = functional.quantize_4bit(weight_OI, blocksize=NF4_BLOCK, quant_type="nf4")
     expected_OI = functional.dequantize_4bit(codes, state)
@@ -137,7 +138,7 @@ def test_nothing_of_a_quantized_linear_trains(kind):
 
 
 def test_nf4_refuses_rows_that_would_share_a_scale():
-    pytest.importorskip("bitsandbytes")
+    require_bitsandbytes()
     with pytest.raises(ValueError, match="nf4 of a weight with 24 inputs: expected a multiple"):
         NF4Linear.from_weight(random_weight(96, 24))
 

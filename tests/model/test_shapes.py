@@ -36,7 +36,7 @@ from minia3.inference.metrics import INVERSE_PERPLEXITY
 from minia3.model import attend, packing, target_logprobs
 from minia3.model.llama import rotation_frequencies
 from minia3.model.more_vectors import choose_vectors
-from minia3.model.quantized import NF4_BLOCK, NF4Linear
+from minia3.model.quantized import NF4_BLOCK, NF4Linear, bitsandbytes_functions
 from minia3.model.sequence_state import Context, State
 from minia3.model.static_state import StaticState
 from minia3.tasks.batches import collate
@@ -388,7 +388,7 @@ def watch(peer, loaded, tmp_path_factory):
     for name in (*WHOLE, *OTHER_LLAMAS):
         peer(name)
     if has_bitsandbytes():
-        importlib.import_module("bitsandbytes")
+        bitsandbytes_functions()
     short_rows_too = mock.patch.object(packing, "LEAST_COLUMNS", 1)  # for `attend_within_rows`
     without_tiles = mock.patch.object(attend, "HAS_TILES", False)  # for `attend_with_one_query`
     with watched(PACKAGE) as watch, short_rows_too, without_tiles:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from batches import batch_of
 from conftest import make, randomize, tokens
+from optional import require_bitsandbytes
 from ranks import my_shards, on_ranks
 from torch.utils._pytree import tree_leaves
 from torch_version import divides_a_base, divides_a_quantized_base
@@ -118,7 +119,7 @@ def test_recomputed_offloaded_and_quantized_models_compute_the_same_divided(peer
 @divides_a_quantized_base
 @pytest.mark.slow
 def test_a_base_in_nf4_computes_the_same_divided(tmp_path):
-    pytest.importorskip("bitsandbytes")
+    require_bitsandbytes()
     make("t5-v1.1", d_model=64, d_kv=16, d_ff=192).save_pretrained(tmp_path)
     check(on_ranks(2, outcomes, [tmp_path], [("nf4", False, False)]))
 

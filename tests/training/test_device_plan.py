@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make
+from optional import require_bitsandbytes
 from ranks import on_ranks
 from torch_version import counted_with_this_torch, divides_a_quantized_base
 
@@ -59,7 +60,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("name", WIDE)
 def test_the_base_has_the_bytes_of_a_model_that_is_loaded(folders, name, quantize):
     if quantize == "nf4":
-        pytest.importorskip("bitsandbytes")
+        require_bitsandbytes()
     model = minia3.load_model(folders(name), dtype=torch.bfloat16, quantize=quantize)
     vectors = set(minia3.vectors(model).values())
     base = Base(model.config, torch.bfloat16, quantize)
