@@ -995,7 +995,7 @@ def test_the_bar_counts_rows_and_warnings_stand_above_it(name, tmp_path, monkeyp
     file = write(tmp_path / "rows.jsonl", [*running.rows(3), {"premise": "w3", "hypothesis": ""}])
     predict(running.model("t5"), file, "--out", tmp_path / name)
     assert re.findall(r"predicting: .*?(\d+/\d+) ", terminal.getvalue())[-1] == "4/4"
-    assert "5it" not in terminal.getvalue()  # tqdm drops a total that has been passed
+    assert "predicting: 5it" not in terminal.getvalue()  # tqdm drops a total that has been passed
     warnings = re.findall(r"([^\r\n]*)minia3: [^\n]*\n", terminal.getvalue())
     assert warnings == ["", ""]  # on an empty column, and on texts that were cut
 
