@@ -44,11 +44,23 @@ def lock_folder(folder, name=".lock"):
                 f"{folder}: its file system has no locks, which keep two runs out of one folder: "
                 f"{error.strerror}"
             ) from None
-        if os.fstat(file.fileno()).st_nlink > 0:
+        if is_at(folder / name, file):
             return file
         # The previous holder removed the file after we opened it. Nobody else can see our lock, so
         # try again.
         file.close()
+
+
+def is_at(path, file):
+    """Return whether an open file is the one that `path` leads to.
+
+    Its number of links would not tell: at /dev/fd/9, a file without any can be opened again.
+    """
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(file.fileno()), found)
 
 
 def is_lock_of(file, folder):
@@ -57,11 +69,8 @@ def is_lock_of(file, folder):
     It is not if somebody has deleted the folder, and another run has made one of the same name. If
     only the file of the lock was removed, it is, because another run would have made a new one.
     """
-    try:
-        found = os.stat(folder / ".lock")
-    except FileNotFoundError:
-        return True
-    return os.path.samestat(os.fstat(file.fileno()), found)
+    path = folder / ".lock"
+    return is_at(path, file) or not path.exists()
 
 
 @contextmanager

@@ -38,7 +38,10 @@ def test_a_lock_keeps_the_content_of_its_file(tmp_path):
     assert (tmp_path / "results.csv").read_text() == "a,b\n"
 
 
-def test_a_lock_on_a_file_that_was_removed_meanwhile_is_taken_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_made_anew", [False, True])
+def test_a_lock_on_a_file_that_was_removed_meanwhile_is_taken_again(
+    is_made_anew, tmp_path, monkeypatch
+):
     """A process that opened the file before it was removed would hold a lock that nobody sees."""
     first = lock_folder(tmp_path)
     flock = fcntl.flock
@@ -47,6 +50,8 @@ def test_a_lock_on_a_file_that_was_removed_meanwhile_is_taken_again(tmp_path, mo
         if not first.closed:
             (tmp_path / ".lock").unlink()
             first.close()
+            if is_made_anew:
+                (tmp_path / ".lock").touch()
         flock(file, operation)
 
     monkeypatch.setattr(fcntl, "flock", flock_after_the_first_holder_has_gone)
@@ -54,6 +59,24 @@ def test_a_lock_on_a_file_that_was_removed_meanwhile_is_taken_again(tmp_path, mo
     with pytest.raises(ValueError, match=REFUSED):
         lock_folder(tmp_path)
     second.close()
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="there is no /dev/fd")
+def test_a_file_without_a_name_is_locked_at_the_first_try(tmp_path, monkeypatch):
+    """A shell can keep a deleted file open, and give it to a command as `--out /dev/fd/9`."""
+    flock = fcntl.flock
+    n_tries = 0
+
+    def flock_once(file, operation):
+        nonlocal n_tries
+        n_tries += 1
+        assert n_tries == 1
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock_once)
+    with open(tmp_path / "results.csv", "w") as kept:
+        (tmp_path / "results.csv").unlink()
+        lock_folder(Path("/dev/fd"), str(kept.fileno())).close()
 
 
 def test_a_file_system_without_locks_is_named_and_is_not_taken_for_another_run(
