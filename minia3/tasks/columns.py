@@ -106,11 +106,26 @@ class Columns(ColumnNames):
             lacking = {name for name in lacking if row.get(name) is None}
         return ColumnNames([name for name in self.found if name not in lacking], self.fields)
 
+    def spellings(self, name: str) -> list[str]:
+        """Return the names of a column in the file: several if rows spell it differently.
+
+        Names that stand side by side in a row are those of different columns.
+        """
+        column = self.name_in_file(name)
+        similar = [found for found in self.found if fold_case(found) == fold_case(column)]
+        if len(similar) > 1 and any(len(row.keys() & similar) > 1 for row in self.rows):
+            return [column]
+        return similar
+
     def values(self, name: str) -> Iterable:
         """Return the values of a column, or of an item of it."""
         root = self.column_of(name)
-        field = self.name_in_file(root) + name[len(root) :]
-        return (label_of(row, field) for row in self.rows)
+        item = name[len(root) :]
+        column = self.name_in_file(root)
+        spellings = self.spellings(root)
+        for row in self.rows:
+            found = next(filter(row.__contains__, spellings), column)
+            yield label_of(row, found + item)
 
     def check_name(self, name: str, origin: str):
         """Raise ValueError, with the nearest name, if there is no such column.

@@ -311,7 +311,7 @@ def ignored_columns(columns: Columns, roles: ColumnRoles) -> list[str]:
     known = {*used, *roles.answer_columns, roles.label, column_of(roles.label), *SPECIAL}
     if roles.has_row_choices:
         known |= {"choices", "target"}
-    known = {columns.name_in_file(name) for name in known if name}
+    known = set(chain.from_iterable(columns.spellings(name) for name in known if name))
     return [name for name in columns.found if name not in known]
 
 

@@ -533,6 +533,19 @@ def test_of_columns_that_differ_in_case_the_one_with_the_exact_name_is_read(name
     assert rendered(task) == [("0?", ["zero", "one"], 0), ("1?", ["zero", "one"], 1)]
 
 
+def test_each_row_may_spell_a_column_in_its_own_way(tmp_path):
+    task = load(tmp_path, {"text": "a", "label": "x"}, {"Text": "b", "LABEL": "y"})
+    assert rendered(task) == [("a", ["x", "y"], 0), ("b", ["x", "y"], 1)]
+    assert task.columns == "reads text, picks label among x, y"
+
+
+def test_a_column_beside_one_that_is_spelled_like_it_is_another_column(tmp_path):
+    rows = [{"text": "a", "label": "x"}, {"text": "b", "label": "y", "Label": "z"}]
+    task = load(tmp_path, *rows)
+    assert rendered(task) == [("a", ["x", "y"], 0), ("b", ["x", "y"], 1)]
+    assert task.columns == "reads text, picks label among x, y; ignores Label"
+
+
 def test_of_columns_that_are_both_spelled_otherwise_the_last_one_is_read(tmp_path):
     rows = [{"Text": "a", "TEXT": "b", "label": label} for label in ("x", "y")]
     task = load(tmp_path, *rows)
