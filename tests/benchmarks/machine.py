@@ -1,5 +1,6 @@
 """What a run was measured on: the machine, the packages, the code, and who else was busy there."""
 
+import contextlib
 import os
 import platform
 import re
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from minia3.model.quantized import bitsandbytes_functions
 from minia3.training.device import device_module
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,6 +82,8 @@ def n_own_busy():
 
 def versions():
     """Return the versions of what is compared. transformers stays quiet from here on."""
+    with contextlib.suppress(ValueError):  # it may be missing
+        bitsandbytes_functions()  # PEFT would import it in a way that asks the hub for kernels
     import peft
     import transformers
 

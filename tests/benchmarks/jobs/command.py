@@ -29,6 +29,7 @@ from tests.benchmarks.jobs.processes import Runner, run_job
 from tests.benchmarks.jobs.products import roof_flops
 from tests.benchmarks.jobs.training import grid, train
 from tests.benchmarks.machine import versions
+from tests.benchmarks.measure import ALL_KERNELS
 from tests.benchmarks.names import some_of
 
 JOBS = {"a": train, "b": grid, "c": label, "d": answer}
@@ -152,11 +153,11 @@ def bound(outcome, start, products, kernels):
     """Say what our time consists of, and how fast we would be if it were nothing else.
 
     products: the seconds that our matrix products would take at the roof. kernels: the seconds that
-    they, attention and norms take in the whole program.
+    ALL_KERNELS take in the whole program.
     """
     text = (
         f"{start / outcome.ours:.0%} of our time is the start of a process and reading the model, "
-        f"{kernels / outcome.ours:.0%} are products, attention and norms (the products would be "
+        f"{kernels / outcome.ours:.0%} are {ALL_KERNELS} (the products would be "
         f"{products / outcome.ours:.0%} at the roof), so the ratio is bound by "
         f"{outcome.theirs / (start + kernels):.2f} ({outcome.theirs / (start + products):.2f})"
     )

@@ -140,7 +140,7 @@ class Runner:
         self("-c", RUN_SCRIPT, SIDES / name, *as_words(flags))
 
     def seconds_of_kernels(self, job):
-        """Do our side once more. Return the seconds of its products, attention and norms."""
+        """Do our side once more. Return the seconds of its kernels (see timed.py)."""
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "seconds"
             self.before_words = ["-m", "tests.benchmarks.jobs.timed", file]

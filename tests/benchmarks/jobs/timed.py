@@ -1,10 +1,11 @@
-"""Run a program, and write how many seconds its matrix products, attention and norms take.
+"""Run a program, and write how many seconds its kernels take.
 
 python -m tests.benchmarks.jobs.timed FILE train.py --steps 10
 python -m tests.benchmarks.jobs.timed FILE -m minia3 predict ...
 
-On a CPU, an operator has ended when its call returns, so the seconds are those of the calls. The
-whole program takes longer than it does without this.
+The kernels are matrix products, attention, norms and elementwise operators, as in the table of the
+other benchmarks. On a CPU, an operator has ended when its call returns, so the seconds are those of
+the calls. The whole program takes longer than it does without this.
 """
 
 import runpy
@@ -15,10 +16,11 @@ from pathlib import Path
 import torch.nn.functional as F
 
 from minia3.model import attend, plain_attention, recompute
+from tests.benchmarks.measure import is_elementwise
 from tests.benchmarks.patched_mode import PatchedMode
 
 PRODUCTS = ("aten::mm", "aten::mv", "aten::bmm", "aten::addmm", "aten::baddbmm")
-KERNELS = (*PRODUCTS, "aten::_scaled_dot_product")
+PRODUCTS_AND_ATTENTION = (*PRODUCTS, "aten::_scaled_dot_product")
 
 
 class KernelSeconds(PatchedMode):
@@ -56,9 +58,15 @@ class KernelSeconds(PatchedMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         begin = time.perf_counter()
         out = func(*args, **(kwargs or {}))
-        if self.is_within or func.name().startswith(KERNELS):
-            self.seconds += time.perf_counter() - begin
+        n_seconds = time.perf_counter() - begin
+        if self.is_within or is_kernel(func):
+            self.seconds += n_seconds
         return out
+
+
+def is_kernel(func):
+    """Return whether this operator of torch is a product, attention, or elementwise."""
+    return func.name().startswith(PRODUCTS_AND_ATTENTION) or is_elementwise(func)
 
 
 def main():
