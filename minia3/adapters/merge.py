@@ -10,7 +10,6 @@ ever divided, so an entry of 0 is an entry like any other, and there is no way b
 model.
 """
 
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from minia3.checkpoints.place import place_parameter
 from minia3.checkpoints.save import save_others, save_tensors
 from minia3.checkpoints.tokenizer import find_tokenizer
 from minia3.files.progress import progress
-from minia3.files.write import is_free, writing_folder
+from minia3.files.write import check_free, writing_new_folder
 from minia3.model.quantized import quantized_linears
 from minia3.model.shard import is_divided, is_sharded, shard
 
@@ -114,8 +113,7 @@ def merge_files(
     not fit, or if the disk gives back other bits.
     """
     out = Path(out)
-    if not is_free(out):
-        raise ValueError(f"{out}: exists and is not empty; give a new folder")
+    check_free(out)
     model, stored, dtype = open_checkpoint(name_or_path, dtype)
     adapter_file = read_adapter(adapter)
     vectors = fitting_vectors(model, adapter_file, adapter)
@@ -127,14 +125,10 @@ def merge_files(
         stored = quantized_entries(model, stored, dtype, quantize)
     out_dtype = out_dtype or dtype
     tensors = folded_tensors(model, stored, dtype, vectors, out_dtype)
-    try:
-        with writing_folder(out) as temporary:
-            save_others(temporary, model, out_dtype, tokenizer)
-            save_tensors(temporary, tensors)
-            check_written(out, temporary, tensors)
-    finally:
-        with suppress(OSError):  # the folder has the result, so it is not empty
-            out.rmdir()
+    with writing_new_folder(out) as temporary:
+        save_others(temporary, model, out_dtype, tokenizer)
+        save_tensors(temporary, tensors)
+        check_written(out, temporary, tensors)
 
 
 def folded_tensors(model, stored, dtype, vectors, out_dtype):

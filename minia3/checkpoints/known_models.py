@@ -543,9 +543,9 @@ def hub_name(name):
 
 def public_name(name):
     """Return the name of a model for files that leave this machine: `hub_name`, but only the last
-    part of an absolute path, which means nothing elsewhere.
+    part of an absolute path, which means nothing elsewhere. name: a text, a Path or None.
     """
-    hub = hub_name(name)
+    hub = None if name is None else hub_name(os.fspath(name))
     if hub is None or not os.path.isabs(hub):
         return hub
     return os.path.basename(os.path.normpath(hub))

@@ -4,13 +4,12 @@ import argparse
 import math
 import os
 import warnings
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from minia3.files.home import expand_home
 from minia3.files.processes import first_goes_first
-from minia3.files.write import finish_writing, is_free, writing_folder
-from minia3.training.choices import DTYPES
+from minia3.files.write import check_free, finish_writing
+from minia3.training.choices import DTYPES, QUANTIZED
 
 MODEL_HELP = "known name (t5-base ...), hub id, folder or .gguf file"
 FIRST_DEVICE = "a GPU if PyTorch finds one"
@@ -38,20 +37,6 @@ def adapter_path(text):
 
 def add_new_folder(parser):
     parser.add_argument("out", type=new_folder, help="folder to write; it must be new or empty")
-
-
-@contextmanager
-def writing_new_folder(out):
-    """Yield a hidden folder whose files become those of `out` at the end, all or none.
-
-    So a command that writes a folder in several steps can be killed between them and run again.
-    """
-    try:
-        with writing_folder(out) as hidden:
-            yield hidden
-    finally:
-        with suppress(OSError):  # the folder has the result, so it is not empty
-            Path(out).rmdir()
 
 
 def add_max_new_tokens(parser):
@@ -82,7 +67,7 @@ def add_dtype(parser, help):
 
 
 def add_quantize(parser, help=QUANTIZE_HELP):
-    parser.add_argument("--quantize", choices=("int8", "nf4"), help=help)
+    parser.add_argument("--quantize", choices=QUANTIZED, help=help)
 
 
 def add_shard(parser):
@@ -121,8 +106,10 @@ def new_folder(path):
     path = expand_home(path)
     if os.path.lexists(path) and not os.path.isdir(path):
         raise argparse.ArgumentTypeError(f"{path} exists and is not a folder: give a new one")
-    if not is_free(path):
-        raise argparse.ArgumentTypeError(f"{path} exists and is not empty: give a new folder")
+    try:
+        check_free(path)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return path
 
 

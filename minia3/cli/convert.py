@@ -9,11 +9,10 @@ from minia3.cli.arguments import (
     add_new_folder,
     describe_folder,
     load_model,
-    writing_new_folder,
 )
 from minia3.cli.terminal import show
 from minia3.files.home import expand_home
-from minia3.files.write import finish_writing
+from minia3.files.write import finish_writing, writing_new_folder
 
 TITLE = "Convert an adapter to a PEFT folder, or a model to the Hugging Face layout"
 EXAMPLE = "minia3 convert finish.pt adapter"

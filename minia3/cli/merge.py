@@ -9,9 +9,9 @@ from minia3.cli.arguments import (
     add_quantize,
     describe_folder,
     read_dtype,
-    writing_new_folder,
 )
 from minia3.cli.terminal import show
+from minia3.files.write import writing_new_folder
 
 TITLE = "Fold an adapter into a model"
 EXAMPLE = "minia3 merge tiny-t5 adapter merged"

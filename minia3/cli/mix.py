@@ -6,9 +6,10 @@ import warnings
 from contextlib import suppress
 from itertools import combinations
 
-from minia3.cli.arguments import add_new_folder, describe_folder, writing_new_folder
+from minia3.cli.arguments import add_new_folder, describe_folder
 from minia3.cli.terminal import show
 from minia3.files.messages import plural
+from minia3.files.write import writing_new_folder
 
 TITLE = "Mix several adapters into one"
 EXAMPLE = "minia3 mix mixed one/adapter:0.5 other/adapter:0.5"

@@ -502,8 +502,10 @@ class Prediction:
 
         if not columns:
             return result
-        # The row has texts in place of the file's numbers, but also names that the file lacks.
-        fields = row_input.file_row | row_input.row | row_input.file_row
+        # The row has texts in place of the file's numbers, but also names that the file lacks. Its
+        # own `label` is an index that says nothing here: rows to predict hide their answers.
+        row = {name: value for name, value in row_input.row.items() if name != "label"}
+        fields = row_input.file_row | row | row_input.file_row
         # A result may lack a field that others have. A field that none has is the file's own.
         fields |= dict.fromkeys(self.forms.result_fields) | result
         if fields.get("adapter") is None:

@@ -42,7 +42,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from minia3.files.lock import lock_folder, remove_lock
+from minia3.files.lock import lock_folder, remove_lock, waiting_for_lock
 from minia3.files.read import one_line, reading
 
 CONFIGS = ("config.json", "adapter_config.json")  # of a model, and of an adapter
@@ -127,9 +127,9 @@ def writing_folder(folder, replaces=()):
     replaces: patterns, such as "model*.safetensors". Files in `folder` that match a pattern are
     removed unless they are written. A pattern may lead to a sub-folder ("more/*.txt").
 
-    If the block fails, `folder` stays as it was. The docstring of the module says what a kill
-    leaves. Raise ValueError if another process is writing there, or if a new folder would have the
-    name of a file of weights, and OSError if the disk is full.
+    If the block fails, `folder` stays as it was; one that was created stays, empty. The docstring
+    of the module says what a kill leaves. Raise ValueError if another process is writing there, or
+    if a new folder would have the name of a file of weights, and OSError if the disk is full.
     """
     folder = Path(folder)
     if folder.suffix.lower() in WEIGHT_FILES and not folder.exists():
@@ -155,18 +155,34 @@ def writing_folder(folder, replaces=()):
             remove_lock(folder / LOCK_FILE)
 
 
+@contextmanager
+def writing_new_folder(folder):
+    """Do what `writing_folder` does, for a folder that must be new or empty (see `is_free`).
+
+    If the block fails, no empty folder stays. Raise ValueError if the folder is not free. A command
+    may have looked before it began to compute, but another one may have written there since.
+    """
+    try:
+        with writing_folder(folder) as hidden:
+            check_free(folder)
+            yield hidden
+    finally:
+        with suppress(OSError):  # the folder has files, so it is not empty
+            Path(folder).rmdir()
+
+
 def finish_writing(folder):
     """Move files into place that a killed process had written completely, if there are any.
 
-    Call this before you read a folder. Raise ValueError if the files cannot be moved.
+    Call this before you read a folder. If the process is alive and still moves them, wait for it.
+    Raise ValueError if the files cannot be moved.
     """
     folder = Path(folder)
     if not (folder / WRITTEN).exists():
         return
     try:
-        with lock_folder(folder, LOCK_FILE):
+        with waiting_for_lock(folder, LOCK_FILE):
             move_into_place(folder)
-            remove_lock(folder / LOCK_FILE)
     except OSError as error:
         killed = "a process was killed while it replaced the files of this folder"
         raise ValueError(f"{folder}: {killed}, and they cannot be moved: {error}") from None
@@ -185,6 +201,12 @@ def is_free(path):
     return all(name.startswith(".") for name in os.listdir(path))
 
 
+def check_free(path):
+    """Raise ValueError if a command that writes a new folder here could lose something."""
+    if not is_free(path):
+        raise ValueError(f"{path} exists and is not empty: give a new folder")
+
+
 def move_into_place(folder):
     """Replace the files of `folder` with those in .written/, if there are any (steps 4 to 7).
 
@@ -196,7 +218,8 @@ def move_into_place(folder):
         raise ValueError(f"{written}: found a link, expected a folder of new files: remove it")
     if not written.exists():
         return
-    names = os.listdir(written)
+    # Windows leaves the lock file of whoever wrote a part of these files in their folder.
+    names = [name for name in os.listdir(written) if name != LOCK_FILE]
     stale = []
     if STALE_FILE in names:
         names.remove(STALE_FILE)

@@ -304,7 +304,7 @@ def read_label(row: dict, spec: TaskSpec, may_be_hidden: bool) -> int:
         value = label_of(row, field)
         advice = LEARNED_LABELS if spec.is_learned else ""
         return find_user_label(value, spec.labels, spec.prompts[0], field, may_be_hidden, advice)
-    return find_choice(row.get(field), row["choices"], field, may_be_hidden)
+    return find_choice(label_of(row, field), row["choices"], field, may_be_hidden)
 
 
 def unpack_spans(row: dict, field: str):
@@ -392,7 +392,7 @@ def find_letter(row: dict, label_field: str, letters: list[str]):
 
     Raise ValueError for the text of a number that is no letter: it could count from 0 or from 1.
     """
-    label = row.get(label_field)
+    label = label_of(row, label_field)
     is_scalar = isinstance(label, str | int | float)
     right = label_text(label) if is_scalar else None
     if right in letters:

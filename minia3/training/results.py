@@ -91,12 +91,20 @@ def evaluate_after(group, cell):
             try:
                 after = group.evaluate(cell, assignment, assignment.report_rows, assignment.shots)
             except NotFiniteError as error:
-                cell.fail(f"after training, the scores of {error.name} are not finite")
+                fail_after(cell, group.config.is_training, error.name)
                 return []
             print(f"after    {cell.title_of(task)}{describe(task.metric, after)}", flush=True)
             show_ties(cell, task, after)
         finals.append(final_line(group, cell, assignment, before, after))
     return finals
+
+
+def fail_after(cell, is_training, name):
+    """Fail a cell whose scores after training, or with shots, are not finite. name: of the row."""
+    if is_training:
+        cell.fail(f"after training, the scores of {name} are not finite")
+    else:
+        cell.fail(f"with shots, the scores of {name} are not finite", "try --dtype float32")
 
 
 def final_line(group, cell, assignment, before, after):

@@ -288,6 +288,12 @@ def t_few(n_layers, d_kv, d_ff, seed=0):
     return tensors
 
 
+@pytest.mark.parametrize("base", ["models/base", Path("models/base")])
+def test_the_base_of_an_adapter_may_be_a_path(base, tmp_path):
+    write_adapter(tmp_path, {"blocks.0.attn.l_k": torch.ones(4)}, base)
+    assert read_adapter(tmp_path).base == "models/base"
+
+
 def test_t0_3b_s_vectors_are_converted_without_the_model(tmp_path):
     tensors = t_few(24, 2048, 5120)
     assert (len(tensors), sum(x.numel() for x in tensors.values())) == (192, 540_672)

@@ -17,6 +17,7 @@ from minia3.adapters.merge import merge
 from minia3.adapters.mix import mix
 from minia3.adapters.peft_files import read_adapter
 from minia3.cli.main import main
+from minia3.files import write
 
 
 @pytest.fixture
@@ -365,6 +366,31 @@ def test_a_command_that_fails_before_its_last_file_leaves_nothing(adapters, monk
     assert not out.exists()
     monkeypatch.undo()
     run(*words[command])
+
+
+@pytest.mark.parametrize("command", ["merge", "convert", "mix"])
+def test_a_command_does_not_mix_its_files_with_those_of_another_one_that_was_faster(
+    command, adapters, capsys, monkeypatch
+):
+    """It had looked for files when it began, and replaced those that were written since."""
+    adapter = adapters / "one" / "adapter"
+    out = adapters / "out"
+    words = {
+        "merge": ("tiny-t5", adapter, out),
+        "convert": ("tiny-t5", out),
+        "mix": (out, f"{adapter}:1"),
+    }
+    lock_folder = write.lock_folder
+
+    def lock_later(folder, name):
+        if folder == out and not (out / "task.json").exists():
+            (out / "task.json").write_text("{}")
+        return lock_folder(folder, name)
+
+    monkeypatch.setattr(write, "lock_folder", lock_later)
+    message = failure(capsys, command, *words[command])
+    assert f"{out} exists and is not empty: give a new folder" in message
+    assert files_in(out) == ["task.json"]
 
 
 def test_a_command_does_not_mix_its_files_with_those_that_a_killed_one_had_completed(

@@ -17,6 +17,7 @@ import signal
 import stat
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -30,10 +31,12 @@ import minia3
 from minia3.checkpoints import save as save_module
 from minia3.checkpoints.config import from_hf
 from minia3.checkpoints.load import build_model
+from minia3.files import lock
 from minia3.files.write import (
     disk_errors,
     finish_writing,
     is_free,
+    move_into_place,
     remove_leftovers,
     replacing,
     write_json,
@@ -117,8 +120,10 @@ def fork(act):
     if pid == 0:
         try:
             act()
-        finally:
-            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
     return pid
 
 
@@ -318,6 +323,37 @@ def test_whoever_cannot_finish_a_folder_says_why(tmp_path, monkeypatch):
     assert contents(tmp_path) == {"config.json": b"{}"}
 
 
+def test_a_reader_waits_for_a_process_that_still_moves_its_files(tmp_path, monkeypatch):
+    """It was refused, although nothing had been killed."""
+    (tmp_path / ".written").mkdir()
+    (tmp_path / ".written" / "config.json").write_text("{}")
+    lock_of_writer = lock.lock_folder(tmp_path)
+
+    def finish(_):
+        move_into_place(tmp_path)
+        lock_of_writer.close()
+
+    monkeypatch.setattr(lock.time, "sleep", finish)
+    finish_writing(tmp_path)
+    assert contents(tmp_path) == {"config.json": b"{}"}
+
+
+def test_the_lock_of_whoever_wrote_a_part_is_not_moved(tmp_path, monkeypatch):
+    """Windows keeps the file of a lock until it is closed, and lets nothing take its place."""
+    replace = os.replace
+
+    def refuse_locks(old, new):
+        if Path(new).name == ".lock":
+            raise PermissionError(13, "Permission denied")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", refuse_locks)
+    with writing_folder(tmp_path) as hidden:
+        (hidden / ".lock").write_text("")
+        (hidden / "config.json").write_text("{}")
+    assert contents(tmp_path) == {"config.json": b"{}"}
+
+
 def let_two_write(folder, shard_bytes):
     save_module.SHARD_BYTES = shard_bytes
     models = [filled(LLAMA, 1.0), filled(LLAMA, 2.0)]
@@ -331,7 +367,7 @@ def let_two_write(folder, shard_bytes):
     for _ in range(4):
         pids = [fork(lambda model=model: overwrite(model)) for model in models]
         for pid in pids:
-            os.waitpid(pid, 0)
+            assert os.waitpid(pid, 0)[1] == 0
         found.append(outcome(folder))
     return [found, names_in(folder)]
 

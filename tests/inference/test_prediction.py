@@ -832,6 +832,18 @@ def test_a_name_that_is_given_twice_is_no_column_of_the_results(tmp_path, capsys
     assert "--columns names 'a' twice" in fails(capsys, *words)
 
 
+@pytest.mark.parametrize("row", [{"input": "w3"}, {"input": "w3", "Label": "w4"}])
+def test_a_row_without_a_label_has_no_such_column(row, tmp_path, capsys):
+    """It was -1 in each row."""
+    file = write(tmp_path / "rows.jsonl", [row])
+    entry = {"prompts": [{"text": "{input}", "target": "{answer}"}]}
+    (tmp_path / "writes.json").write_text(json.dumps(entry))
+    words = [running.model("t5"), file, "--task", tmp_path / "writes.json", "--columns"]
+    assert "'label' is not in row 0; it has input, " in fails(capsys, *words, "idx,label")
+    (found,) = predicted(capsys, *words, ",".join(row))
+    assert found == row
+
+
 def test_a_name_in_quotes_may_have_a_comma(tmp_path, capsys):
     """Such a column could not be named: it was taken for two."""
     row = {"input": "w3", "choices": ["w4", "w5"]}

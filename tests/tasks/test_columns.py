@@ -812,6 +812,19 @@ def test_with_labels_the_target_may_be_an_item_of_a_column(name, tmp_path):
         load(tmp_path, *rows, {"text": "c", "label": []}, target="{label[0]}", labels="bad,good")
 
 
+@pytest.mark.parametrize("right", ["B", "y"])
+def test_an_item_may_be_the_label_of_a_row_with_its_own_choices(right, tmp_path):
+    """Such a label was not found: each row was refused, or unlabeled in a file to report on."""
+    entry = {"label_field": "answers[0]", "prompts": [{"text": "{question}"}]}
+    row = {"question": "a", "choices": ["x", "y"], "answers": ["y"]}
+    lettered = {**row, "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answers": [right]}
+    task = load_described(tmp_path, entry, row, lettered)
+    assert rendered(task) == [("a", ["x", "y"], 1)] * 2
+    assert normalize_row(dict(row), task.spec, "test", 0)["label"] == 1
+    with pytest.raises(ValueError, match=r"'answers\[0\]' has no value, expected one of 0, 1 or"):
+        load_described(tmp_path, entry, row, {**row, "answers": []})
+
+
 def test_a_column_of_the_input_may_have_an_item_that_is_the_label(tmp_path):
     row = {"label": {"text": "a", "mood": 1}}
     flags = {"input": "{label[text]}", "target": "{label[mood]}", "labels": "bad,good"}

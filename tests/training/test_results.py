@@ -12,7 +12,9 @@ from written_out import KINDS, adapter, read, rte_flags, used
 import minia3
 from minia3.inference.decoding import generate
 from minia3.inference.evaluation import choice_auc, evaluate
+from minia3.inference.scoring import NotFiniteError
 from minia3.tasks.prompts import OWN_PROMPTS, for_family
+from minia3.training.group import Group
 from minia3.training.report import report
 
 
@@ -260,6 +262,22 @@ def test_in_context_learning_puts_the_shots_of_each_seed_before_each_row(name, t
             "icl",
         )
     assert not (out / "adapters").exists()
+
+
+def test_scores_that_are_infinite_with_shots_are_not_blamed_on_training(
+    tmp_path, monkeypatch, capsys
+):
+    evaluate_prompt = Group.evaluate_prompt
+
+    def evaluate(self, cell, assignment, rows, prompt, shots):
+        if shots:
+            raise NotFiniteError("row 3", 3)
+        return evaluate_prompt(self, cell, assignment, rows, prompt, shots)
+
+    monkeypatch.setattr(Group, "evaluate_prompt", evaluate)
+    assert run(words(tmp_path / "run", method="icl", shots=3)) == 1
+    message = "with shots, the scores of row 3 are not finite: try --dtype float32\n"
+    assert message in capsys.readouterr().err
 
 
 def test_the_report_says_how_many_shots_fit(tmp_path, capsys):
