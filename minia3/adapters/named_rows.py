@@ -70,6 +70,8 @@ class Adapters(Mapping):
         """Add an adapter (see `load_adapter`) under a name, or replace the one of this name.
 
         If Ctrl-C or a lack of memory ends a replacement halfway, there is no adapter of this name.
+        Raise ValueError if the name is not a text, or if the adapter cannot be read or does not
+        fit.
         """
         if not isinstance(name, str):
             expected = "expected a text as the name of an adapter"
@@ -102,7 +104,10 @@ class Adapters(Mapping):
             fill_row(self.model, row, {})
 
     def rows(self, names):
-        """Return (B,) long, on the CPU: the row of each name, for `start`. None is the base."""
+        """Return (B,) long, on the CPU: the row of each name, for `start`. None is the base.
+
+        Raise ValueError if a name is unknown, or if `names` is a single text.
+        """
         if isinstance(names, str):
             raise ValueError(f"found {names!r}, expected a list of names: one for each example")
         rows = [0 if name is None else self[name] for name in names]

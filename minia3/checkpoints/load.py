@@ -69,6 +69,7 @@ def load_model(
         a known name (`t5-base`) or a hub id (`org/name`).
     dtype: None keeps the stored dtype of the matrices, except that float16 T5 and quantized GGUF
         become float32. The vectors are float32 in any case.
+    device: where the model is in the end. Not with `shards`.
     quantize: "int8" or "nf4" keeps the linears of the blocks in 8 or 4 bits (quantized.py). Each
         weight is quantized as soon as it is read, so the whole model is never in memory. Weights
         that are stored in bitsandbytes' nf4 stay in it.
@@ -78,9 +79,9 @@ def load_model(
         only its rows (load_shards.py), on the device of the mesh. The base is frozen.
 
     On the CPU, weights that keep their dtype are mapped from the file and not copied. Raise
-    ValueError if the name leads nowhere, if files cannot be read, if tensors do not fit the config
-    (one message names all such tensors) or the kind of `quantize`, or if a weight that is checked
-    is not finite.
+    ValueError if an argument has no such value, or asks for a T5 in float16, if the name leads
+    nowhere, if files cannot be read, if tensors do not fit the config (one message names all such
+    tensors) or the kind of `quantize`, or if a weight that is checked is not finite.
     """
     name_or_path = expand_home(name_or_path)
     is_count = isinstance(n_adapters, Integral) and not isinstance(n_adapters, bool)

@@ -1,9 +1,9 @@
 """The names of tensors in checkpoints, and ours: one literal table per architecture.
 
 `{}` stands for the number of a layer. None on the right-hand side marks a tensor that is ignored on
-purpose, with the reason beside it. `save_model` reads the same tables from right to left, and
-adapters/vector_names.py makes the names of PEFT's and T-Few's vectors from them. A test demands
-that each right-hand side is a parameter of the model.
+purpose, with the reason beside it. `save_model` reads the same tables from right to left. A test
+demands that each right-hand side is a parameter of the model. adapters/vector_names.py has the
+names of PEFT's and T-Few's vectors.
 """
 
 from typing import NamedTuple

@@ -2,10 +2,12 @@
 
 A run's folder holds `config.json`, its flags, and `metrics.jsonl`, which has one line per event:
 
+    before   the result of one adapter on one task before training
     train    every few steps: the loss, or in a grid one loss per adapter, and the speed
     eval     an evaluation on held-out rows
     final    the result of one adapter on one task
     failed   one adapter of a grid whose loss became NaN
+    extended a result of an earlier end, before the run was made longer
 
 Folders that older versions wrote are read, too, although their config.json has other flags.
 """

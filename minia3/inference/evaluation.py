@@ -85,9 +85,10 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
     shots: rows that come before each row with their answers, as many as fit into `max_length`
     tokens (in-context learning, Brown et al. 2020, 2005.14165; see `fit` in tasks/prompts.py).
 
-    Raise ValueError if there is no such metric, and, with the `idx` of the row, if a row has no
-    label or equal choices or does not suit the metric, if a choice has over `max_target_length`
-    tokens, if the model has no embedding for a token, or if a score is not finite.
+    Raise ValueError if there is no such metric, if `prompt` is not a Prompt, and, with the `idx` of
+    the row, if a row has no label or equal choices, does not suit the metric or does not fit into
+    `max_length`, if a choice has over `max_target_length` tokens, if the model has no embedding for
+    a token, or if a score is not finite.
     """
     check_metric(metric)
     rows = checked_rows(rows, prompt)

@@ -3,8 +3,8 @@
 Autograd keeps every tensor that a backward pass reads. Three places keep fewer tensors, each with
 one call that replaces the plain line: norms (`rms_norm`), scaled keys and values
 (`scale_keeping_result`) and, if the user asks for it with --recompute, whole blocks
-(`recompute_blocks`). Two more have files of their own: gated feed-forwards (gated_hidden.py), and
-the logits (target_logprobs.py).
+(`recompute_blocks`). Three more have files of their own: gated feed-forwards (gated_hidden.py),
+the logits (target_logprobs.py), and attention on a CPU (plain_attention.py).
 
 Shapes: B batch, L length, D width of the model, or of what is scaled, R rows.
 """

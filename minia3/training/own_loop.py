@@ -13,12 +13,13 @@ from minia3.training.rules import check_config
 def batches(model, tokenizer, task, *, batch_size=8, steps=1000, seed=0, max_length=512):
     """Return an iterator that yields a Batch (minia3/tasks/batches.py) for each step.
 
-    The examples are those that train.py draws.
+    The examples are those that train.py draws. Notes on rows that are cut are printed.
 
     A row is put into the words of one of `prompts_for(model, task)`. task: from `load_task`.
     max_length: maximum tokens of an input; a longer one loses words from its middle.
 
-    Raise ValueError if a row does not fit or a value is out of range.
+    Raise ValueError if a row does not fit, if a value is out of range, or if the task has no rows
+    to train on or to report on.
     """
     if isinstance(seed, tuple):  # a grid of train.py has several
         raise ValueError(f"seed is {seed!r:.60}, expected an integer")

@@ -1,7 +1,7 @@
 """The folder of a run: its name, and its config.json.
 
 config.json      all flags, versions, and checksums of data, --chat-template, weights and --adapter
-metrics.jsonl    a line per event: before, train, eval, final, failed; see metrics_file.py
+metrics.jsonl    a line per event: before, train, eval, final ...; see metrics_file.py
 checkpoint.pt    see checkpoint.py, also for states/
 adapter/         the result; for a grid adapters/<cell>/, for full fine-tuning model/
 tensorboard/     see trackers.py

@@ -163,7 +163,4 @@ def measure_line(bench, pair, line, record):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["jobs"]:
-        jobs.main(sys.argv[2:])
-    else:
-        main()
+    main()

@@ -74,7 +74,7 @@ class Ids:
 
 
 def generation(bench, pair):
-    """Compare greedy generation, also with the products, the attention and the norms of ours alone.
+    """Compare greedy generation, also with the kernels of ours alone (see `Kernels`).
 
     No token ends a text, so both sides write as many. Our weights are in huge pages, as `minia3
     generate` has them. The floor is what the products with weights must take: at batch 1, reading

@@ -136,14 +136,16 @@ def print_plans(points):
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
+def n_parameters(name):
+    """Return how many parameters a known model has."""
+    return sum(p.numel() for p in build_model(KNOWN_MODELS[name].config).parameters())
+
+
 def print_largest(limit, device):
     """Print the known model with most parameters that trains within `limit` bytes.
 
     Models are tried by bisection, each in a process.
     """
-
-    def n_parameters(name):
-        return sum(p.numel() for p in build_model(KNOWN_MODELS[name].config).parameters())
 
     def fails(name):
         config = KNOWN_MODELS[name].config

@@ -12,7 +12,6 @@ because in some steps one more block is whole for a moment.
 import argparse
 import json
 import os
-import socket
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from minia3.training.device_plan import Plan
 from minia3.training.memory_plan import StepShape, score_without_padding
 from minia3.training.prepare import prepare_model
 from minia3.training.shards import make_shards
+from tests.ports import reserved_port
 
 CONFIGS = {
     "llama": replace(
@@ -107,10 +107,7 @@ def main(argv=None):
 
 def measure(world_size, cases):
     """Return case -> (bytes of the whole base, planned and measured bytes of the first process)."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+    with tempfile.TemporaryDirectory() as folder, reserved_port() as port:
         results = Path(folder, "results.json")
         arguments = (world_size, port, cases, results)
         torch.multiprocessing.spawn(run_process, arguments, nprocs=world_size)

@@ -3,17 +3,13 @@
 TAGGED holds the same templates with {% generation %} blocks, from which transformers makes a mask.
 """
 
+from chat_model import CHATML
+
 SPECIAL = [
     *("<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>"),
     *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
 ]
 
-CHATML = (
-    "{% for message in messages %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"

@@ -5,11 +5,11 @@ import bisect
 import torch
 
 from minia3.checkpoints.known_models import KNOWN_MODELS
-from minia3.checkpoints.load import build_model
 from minia3.inference.decoding import generate
+from tests.benchmarks.inference import Ids
 from tests.benchmarks.measure import Roof, count_flops
-from tests.benchmarks.memory import measured
-from tests.gpu.numbers import Numbers, seconds_of
+from tests.benchmarks.memory import measured, n_parameters
+from tests.gpu.numbers import seconds_of
 from tests.gpu.place import expect_at_most
 
 MODELS = ("t5-base", "t5-large", "t0-3b", "llama-3.2-1b", "llama-2-7b")
@@ -47,7 +47,7 @@ def performance_of(name, place, peak_flops):
     prompts = [[5, 6, 7, 8] * (2 if place.is_dry else 32)] * 8
 
     def write():
-        return generate(model, Numbers(), prompts, max_new_tokens=n_tokens)
+        return generate(model, Ids(), prompts, max_new_tokens=n_tokens)
 
     n_written = sum(len(text.split()) for text in write())  # a text may end early
     seconds_of_tokens = seconds_of(write, place, 1)
@@ -81,7 +81,3 @@ def largest(place):
     n_fitting = bisect.bisect_left(names, True, key=is_too_large)
     expect_at_most(1, n_fitting, "no model trains: the number that do")
     return {"limit": limit, "largest": names[n_fitting - 1], "bytes": tried}
-
-
-def n_parameters(name):
-    return sum(p.numel() for p in build_model(KNOWN_MODELS[name].config).parameters())

@@ -16,6 +16,7 @@ from minia3.model.blocks import Block
 from minia3.model.sequence_state import Context
 from minia3.model.to_device import side_stream, to_device
 from minia3.training.optimizer import Adafactor
+from tests.benchmarks.inference import Ids
 from tests.gpu.place import expect_at_most, off
 
 NAMES = ("t5-base", "smollm2-135m")
@@ -159,7 +160,7 @@ def fused(place):
                 model = place.model(name, dtype)
                 for n_choices in (1, 2):
                     place.gradients(model, place.batch(model, LENGTHS, n_choices))
-                generate(model, Numbers(), prompts, max_new_tokens=4)
+                generate(model, Ids(), prompts, max_new_tokens=4)
     return {"calls that are not fused": 0}
 
 
@@ -243,16 +244,6 @@ def compiled_model(name, place):
     return {"seconds of a step": seconds, "gradients": difference}
 
 
-class Numbers:
-    """A tokenizer whose texts are ids."""
-
-    def encode(self, text):
-        return [int(word) for word in text.split()]
-
-    def decode(self, ids):
-        return " ".join(map(str, ids))
-
-
 def cuda_graphs(place):
     """Decoding with static shapes, as a CUDA graph, writes the tokens of plain decoding."""
     return {name: decoded_as_graph(name, place) for name in NAMES}
@@ -271,7 +262,7 @@ def decoded_as_graph(name, place):
     counters.clear()
     for title, is_compiled in {"plain": False, "compiled": not place.is_dry}.items():
         options = {"max_new_tokens": n_tokens, "compile": is_compiled}
-        write = functools.partial(generate, model, Numbers(), **options)
+        write = functools.partial(generate, model, Ids(), **options)
         texts[title] = write([prompt])  # compiles
         n_recorded.append(counters["inductor"]["cudagraph_recorded_non_static_inputs"])
         texts[title] += write([shorter])

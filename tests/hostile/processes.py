@@ -10,13 +10,13 @@ import os
 import pkgutil
 import signal
 import sys
-import threading
 import traceback
 
 import torch
 
 # The first AdamW of a process imports this, which takes seconds.
 import torch._dynamo
+from forked import forget_shared_lock
 from tqdm import tqdm
 
 import minia3
@@ -72,8 +72,7 @@ def lead_output_to(output):
     for number in (signal.SIGALRM, signal.SIGPROF, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # tqdm's lock is shared by processes, and a process that is killed may never release it.
-    tqdm.set_lock(threading.RLock())
+    forget_shared_lock()
 
 
 def finish(pid):
