@@ -242,7 +242,8 @@ def test_a_worker_without_a_run_ends_at_once(tmp_path, monkeypatch, ending):
     assert len(calls) == 1
 
 
-def test_a_cluster_that_is_not_there_is_one_line(tmp_path, capsys):
+def test_a_cluster_that_is_not_there_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))  # where there is no srun
     path = write_study(tmp_path)
     assert "slrm" in failure(capsys, "study", path, "--submit", "slrm:gpu")
     assert failure(capsys, "study", path, "--submit", "slurm:gpu", code=1)

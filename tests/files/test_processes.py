@@ -53,7 +53,7 @@ def two(monkeypatch):
                 outcomes[rank] = error
 
         threads = [threading.Thread(target=run_one, args=(rank,)) for rank in (0, 1)]
-        for thread in threads:
+        for thread in reversed(threads):  # so that the first process has to be waited for
             thread.start()
         for thread in threads:
             thread.join()

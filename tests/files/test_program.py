@@ -33,7 +33,8 @@ from minia3.files.program import (
 
 
 @pytest.fixture(autouse=True)
-def _handler():
+def _handler(monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     before = signal.getsignal(signal.SIGINT)
     thresholds = gc.get_threshold()
     yield

@@ -117,8 +117,13 @@ def check_finished(out):
     assert (out / "adapter" / "adapter_config.json").exists()
 
 
+needs_full = pytest.mark.skipif(
+    not os.path.exists("/dev/full"), reason="this system has no /dev/full"
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("redirection", [">/dev/full", ">&- 2>&-"])
+@pytest.mark.parametrize("redirection", [pytest.param(">/dev/full", marks=needs_full), ">&- 2>&-"])
 def test_a_run_without_a_place_for_its_output_finishes(redirection, tmp_path):
     out = tmp_path / "run"
     command = f"{shlex.join(short_run(out))} {redirection}"
@@ -128,7 +133,7 @@ def test_a_run_without_a_place_for_its_output_finishes(redirection, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+@needs_full
 def test_a_run_without_a_place_for_its_output_and_its_messages_finishes(tmp_path):
     assert running.finish(running.start(running.words(tmp_path / "run"), "/dev/full")) == 0
     assert metrics(tmp_path / "run")[-1]["event"] == "final"

@@ -962,7 +962,7 @@ def test_the_keys_and_values_of_a_prompt_are_kept_once(both, monkeypatch):
         return state
 
     monkeypatch.setattr(both.model, "start", noted_start)
-    both.model.config = replace(both.model.config, eos_ids=())
+    monkeypatch.setattr(both.model, "config", replace(both.model.config, eos_ids=()))
     n_seen = 0
     for _ in stream(both.model, both.tokenizer, "w4 w5", max_new_tokens=9):
         if n_seen > 0:  # nobody waits for the garbage collector

@@ -18,8 +18,8 @@ def compiler(monkeypatch):
     # The texts here are short. Plain norms compute some of them whole, and most in pieces.
     monkeypatch.setattr("minia3.model.recompute.N_IN_CACHE", 12 * 24)
     torch.compiler.reset()
-    torch._dynamo.config.cache_size_limit = 64  # as train.py sets it
-    yield
+    with torch._dynamo.config.patch(cache_size_limit=64):  # as train.py sets it
+        yield
     torch.compiler.reset()
 
 

@@ -36,6 +36,8 @@ from minia3.training.process_state import unchanged_process
 def test_by_default_a_run_takes_the_gpu_if_there_is_one_and_says_why(
     gpu, capability, method, line, tmp_path, monkeypatch, capsys
 ):
+    for kind in (torch.mps, torch.xpu):
+        monkeypatch.setattr(kind, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

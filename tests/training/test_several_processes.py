@@ -17,6 +17,7 @@ pytestmark = [
 ]
 
 LONG = {"steps": 30, "save_every": 5}
+MANY = 3000  # steps that nobody waits for
 
 
 def words(folder, *flags, **values):
@@ -129,13 +130,13 @@ def test_a_signal_stops_all_processes_at_the_same_step(number, uninterrupted, tm
 
 def test_a_signal_to_one_process_alone_stops_all_of_them(tmp_path):
     folder = tmp_path / "run"
-    process = several.Torchrun(2, *words(folder))
+    process = several.Torchrun(2, *words(folder, steps=MANY))
     process.wait_for("step     10")
     os.kill(process.pid_of_rank(1), signal.SIGINT)
     code, _, err = process.finish()
     assert code == 128 + signal.SIGINT
     assert err == f"stopped; to continue: {resume_command(folder)}\n"
-    assert 10 <= running.load_checkpoint(folder).n_steps < LONG["steps"]
+    assert 10 <= running.load_checkpoint(folder).n_steps < MANY
 
 
 def test_another_number_of_processes_continues_a_run_and_says_so(tmp_path):

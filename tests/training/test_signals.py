@@ -169,6 +169,7 @@ def test_handlers_are_as_before_after_the_block():
     assert signal.set_wakeup_fd(-1) == -1
 
 
+@pytest.mark.usefixtures("_terminal")
 def test_a_program_of_several_processes_is_not_ended_before_it_has_said_why(monkeypatch):
     monkeypatch.setattr("minia3.training.signals.n_processes", lambda: 2)
     arrived = []

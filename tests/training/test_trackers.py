@@ -633,16 +633,19 @@ def test_services_hear_that_a_process_ends_in_a_step(answers, tmp_path, monkeypa
     """The second thread ends it, also if a service never answers."""
     service = Service()
     patience = threading.Event()
+    called = threading.Event()
     original = service.set_terminated
 
     def set_terminated(run_id, status):
         original(run_id, status)
+        called.set()
         if not answers:
             patience.wait(60)
 
     ended = []
 
     def exit_now(code):
+        assert called.wait(60)
         ended.append((code, list(service.exit_codes), list(service.statuses)))
         patience.set()
 
