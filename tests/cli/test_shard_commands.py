@@ -10,7 +10,7 @@ from torch_version import divides_a_base
 
 from minia3.cli import arguments, predict
 from minia3.cli.main import main
-from minia3.files import write
+from minia3.files import lock
 
 PROMPTS = ["anna has a red ball . same colour ?", "ben has a blue box . same colour ?", "anna"]
 TEST_ROWS = several.ROOT / "data" / "same-colour" / "test.jsonl"
@@ -37,7 +37,7 @@ def test_a_divided_model_writes_and_labels_as_a_whole_one(tmp_path, capsys):
 
 @pytest.mark.parametrize("command", ["generate", "predict"])
 def test_only_the_first_process_moves_an_adapter_into_place(command, tmp_path, monkeypatch, capsys):
-    """The lock of the folder would keep out the others: "another run is writing there"."""
+    """Processes on other machines may not see the lock of the folder."""
     save_adapters(tmp_path)
     folder = tmp_path / "one" / "adapter"
     folder.rename(tmp_path / "complete")
@@ -45,7 +45,7 @@ def test_only_the_first_process_moves_an_adapter_into_place(command, tmp_path, m
     (tmp_path / "complete").rename(folder / ".written")  # as a killed process leaves it
     is_first_alone = False
     alone_at_locks = []
-    lock_folder = write.lock_folder
+    lock_folder = lock.lock_folder
 
     @contextmanager
     def noted_turn():
@@ -60,7 +60,7 @@ def test_only_the_first_process_moves_an_adapter_into_place(command, tmp_path, m
 
     for module in (arguments, predict):
         monkeypatch.setattr(module, "first_goes_first", noted_turn)
-    monkeypatch.setattr(write, "lock_folder", noted_lock)
+    monkeypatch.setattr(lock, "lock_folder", noted_lock)
     words = [command, "tiny-t5", "same colour ?", "--adapter", folder]
     if command == "predict":
         words[2] = tmp_path / "rows.jsonl"
