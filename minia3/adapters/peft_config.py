@@ -36,6 +36,7 @@ LORA_HARMLESS = HARMLESS | {
     "loftq_config":             "belongs to an init_lora_weights that is refused",
     "eva_config":               "the values of A before training",
     "corda_config":             "belongs to an init_lora_weights that is refused",
+    "astra_config":             "belongs to an init_lora_weights that is refused",
     "lora_ga_config":           "belongs to an init_lora_weights that is refused",
     "megatron_core":            "read only with a megatron_config",
     "qalora_group_size":        "read only with use_qalora",
